@@ -1,0 +1,50 @@
+# Every target sets itself up: a virtual environment in .venv, made once and reused.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+WORKERS ?= 2
+
+.PHONY: help demo test test-full lint format wheel install bench clean
+
+help:  ## What the targets do
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: install  ## Run the whole method once, thinly: video in, label out (about 10 minutes)
+	$(BIN)/cascade demo
+
+test: install  ## What CI runs: fast checks of everything
+	$(BIN)/pytest -m "not full" -n $(WORKERS) $(PYTEST_ARGS)
+
+test-full: install  ## Everything, long kill loops, sanitizers and all architectures included
+	$(BIN)/pytest -n $(WORKERS) --cov --cov-report=term:skip-covered $(PYTEST_ARGS)
+
+lint: $(VENV)/ready  ## Style, types, import directions
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.hpp' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.cpp')
+	mkdir -p build && rm -rf build/tree && mkdir build/tree && cp -rs $(CURDIR)/cascade_engine build/tree/
+	cp -rs $(CURDIR)/cli $(CURDIR)/benchmarks build/tree/cascade_engine/
+	$(BIN)/python -m mypy build/tree/cascade_engine
+	PYTHONPATH=build/tree $(BIN)/lint-imports
+
+format: $(VENV)/ready  ## Rewrite the sources in the house's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.hpp' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.cpp')
+
+wheel: $(VENV)/ready  ## Build the wheel into dist/
+	$(BIN)/pip wheel -q . --no-deps --no-build-isolation -w dist
+
+install: wheel  ## Install the wheel just built into the virtual environment
+	$(BIN)/pip install -q --no-deps --force-reinstall dist/cascade_engine-*.whl
+
+bench: install  ## Mining, store and training benchmarks, as the README quotes them
+	$(BIN)/cascade bench --help
+
+clean:  ## Remove what the targets made, the virtual environment aside
+	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache
+
+$(VENV)/ready: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q $$($(PYTHON) .ci/requirements.py dev)
+	touch $@

@@ -1,0 +1,154 @@
+"""The bank: the immutable keys that are searched, one matrix per view, sharing their slots."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
+
+from cascade_engine.errors import InvalidInput
+from cascade_engine.tensor import (
+    FEATURE_DTYPES,
+    Array,
+    device_of,
+    dtype_name,
+    feature_matrix,
+    id_vector,
+    is_torch,
+    require_finite,
+    to_host,
+)
+
+if TYPE_CHECKING:
+    from cascade_engine.tensor import Host
+
+Metric = Literal["ip", "cosine", "l2"]
+METRICS: tuple[Metric, ...] = get_args(Metric)
+T = TypeVar("T")
+
+
+class Bank:
+    """Keys to search: per view a matrix (K, D_view), with the video each key was cut from.
+
+    The arrays are kept as given, without a copy, and must not be changed while the bank is in use. What a backend
+    prepares for its searches is made at the first one and kept on the bank.
+
+    Args:
+        keys: view name to features (K, D_view), float32, float16 or bfloat16, NumPy or torch, on one device.
+        video_id: (K,) integers, the source video of each key; needed to exclude a query's own video.
+        clip_id: (K,) integers, for the caller's use; defaults to the slot number.
+        label: (K,) labels where known; mining never reads them.
+        metric: ``"ip"`` inner product, ``"cosine"`` or ``"l2"`` (negative squared distance); larger is more similar.
+        checked: the keys are known to be finite (a feature store checked them on the way in).
+
+    Raises:
+        InvalidInput: no view, views of different K, wrong rank or type, NaN or infinity (the row is named).
+    """
+
+    def __init__(
+        self,
+        keys: Mapping[str, Array],
+        video_id: object = None,
+        *,
+        clip_id: object = None,
+        label: Any = None,
+        metric: Metric = "ip",
+        checked: bool = False,
+        guard: Callable[[], None] | None = None,
+    ) -> None:
+        if not isinstance(keys, Mapping) or not keys:
+            raise InvalidInput(f"keys: expected a mapping of view name to (K, D), got {type(keys).__name__} without any")
+        if metric not in METRICS:
+            raise InvalidInput(f"metric: expected one of {', '.join(METRICS)}, got {metric!r}")
+        devices = {device_of(value) for value in keys.values()}
+        if len(devices) != 1:
+            raise InvalidInput(f"keys: expected all views on one device, got {', '.join(sorted(devices))}")
+        self.device = devices.pop()
+        self.metric: Metric = metric
+        self.keys: dict[str, Any] = {}
+        size: int | None = None
+        for view, value in keys.items():
+            name = f'keys["{view}"]'
+            checked_value = _matrix(value, name)
+            if size is not None and len(checked_value) != size:
+                raise InvalidInput(
+                    f"{name}: expected ({size}, D) as the first view has, got {tuple(checked_value.shape)} {dtype_name(checked_value)}"
+                )
+            size = len(checked_value)
+            if not checked:
+                _require_finite(checked_value, name)
+            self.keys[view] = checked_value
+        self.size: int = size or 0
+        self.video_id = None if video_id is None else _ids(video_id, "video_id", self.size)
+        self.clip_id = None if clip_id is None else _ids(clip_id, "clip_id", self.size)
+        self.label = label
+        self._guard = guard
+        self._prepared: dict[object, Any] = {}
+        self._preparing = threading.Lock()
+
+    @property
+    def views(self) -> tuple[str, ...]:
+        """The views' names, in the order given."""
+        return tuple(self.keys)
+
+    def __len__(self) -> int:
+        """K, the number of keys."""
+        return self.size
+
+    def __repr__(self) -> str:
+        """Views with their shapes and types."""
+        shapes = ", ".join(f"{view}: {tuple(keys.shape)} {dtype_name(keys)}" for view, keys in self.keys.items())
+        return f"Bank({shapes}, metric={self.metric!r}, device={self.device!r})"
+
+    def host_keys(self, view: str) -> Host:
+        """One view's keys as a NumPy matrix (K, D) that shares their memory."""
+        return to_host(self.keys[view], f'keys["{view}"]')
+
+    def host_video_id(self) -> Host | None:
+        """The keys' video ids (K,) int64 as a NumPy array, or None."""
+        return None if self.video_id is None else to_host(self.video_id, "video_id")
+
+    def ensure_fresh(self) -> None:
+        """Raise StaleBank where this bank is a queue's snapshot and the queue has overwritten it since."""
+        if self._guard is not None:
+            self._guard()
+
+    def prepared(self, purpose: object, make: Callable[[], T]) -> T:
+        """What `make` returned for `purpose`, made once and kept on the bank; safe to call from several threads."""
+        with self._preparing:
+            if purpose not in self._prepared:
+                self._prepared[purpose] = make()
+            found: T = self._prepared[purpose]
+            return found
+
+
+def _matrix(value: Array, name: str) -> Any:
+    """The matrix as given, with the sequence kinds of NumPy made arrays."""
+    if is_torch(value) and value.device.type != "cpu":
+        if value.ndim != 2 or value.shape[1] < 1 or dtype_name(value) not in FEATURE_DTYPES:
+            raise InvalidInput(
+                f"{name}: expected (N, D) float32, float16 or bfloat16, got {tuple(value.shape)} {dtype_name(value)}"
+            )
+        return value.detach()
+    host = feature_matrix(value, name)
+    return value.detach() if is_torch(value) else host
+
+
+def _require_finite(value: Any, name: str) -> None:
+    if is_torch(value) and value.device.type != "cpu":
+        import torch
+
+        finite = torch.isfinite(value).all(dim=1)
+        if not bool(finite.all()):
+            raise InvalidInput(f"{name}: expected finite values, got NaN or infinity in row {int((~finite).nonzero()[0])}")
+        return
+    require_finite(to_host(value, name), name)
+
+
+def _ids(value: object, name: str, rows: int) -> Any:
+    """Ids as int64 in their own framework and on their own device."""
+    if not is_torch(value):
+        return id_vector(value, name, rows)
+    if value.ndim != 1 or len(value) != rows or value.dtype.is_floating_point or value.dtype.is_complex:
+        raise InvalidInput(f"{name}: expected ({rows},) integers, got {tuple(value.shape)} {dtype_name(value)}")
+    return value.long()

@@ -1,0 +1,207 @@
+"""The key queue: a first-in, first-out bank of recent keys (MoCo), one ring shared by all views."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from cascade_engine.bank import Bank, Metric
+from cascade_engine.errors import InvalidInput, StaleBank
+from cascade_engine.tensor import (
+    FEATURE_DTYPES,
+    Array,
+    device_of,
+    dtype_name,
+    feature_matrix,
+    id_vector,
+    is_torch,
+    require_finite,
+    to_host,
+)
+
+
+class KeyQueue:
+    """The newest `size` keys pushed, per view, with the video and clip each was cut from.
+
+    Slots are reused in a ring; an empty slot is never padded with anything, `bank()` shows the filled ones only.
+
+    Args:
+        size: capacity, in keys.
+        dims: view to feature width.
+        dtype: ``"float32"``, ``"float16"`` or ``"bfloat16"``; pushed keys are rounded to it.
+        device: a torch device to hold the keys as tensors; by default NumPy on the host, or tensors where the first
+            push brings tensors.
+        metric: of the banks it shows.
+
+    Raises:
+        InvalidInput: a size or width under 1, or an unknown type.
+
+    Source: He et al., CVPR 2020 (MoCo), section 3.2.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        dims: Mapping[str, int],
+        *,
+        dtype: str = "float32",
+        device: object = None,
+        metric: Metric = "ip",
+    ) -> None:
+        if size < 1 or not dims or min(dims.values()) < 1:
+            raise InvalidInput(f"queue: expected a size and widths of at least 1, got size={size}, dims={dict(dims)}")
+        if dtype not in FEATURE_DTYPES:
+            raise InvalidInput(f"dtype: expected one of {', '.join(FEATURE_DTYPES)}, got {dtype!r}")
+        self.size, self.dims, self.dtype, self.metric = size, dict(dims), dtype, metric
+        self.filled = 0  # slots in use
+        self.cursor = 0  # the slot that the next key takes
+        self.pushed = 0  # keys ever pushed
+        self._overwritten_at = 0  # value of `pushed` after the last push that reused a slot
+        self._device = device
+        self._storage: dict[str, Any] = {}
+
+    def push(
+        self,
+        keys: Mapping[str, Array],
+        video_id: object,
+        clip_id: object = None,
+        label: object = None,
+    ) -> None:
+        """Add a batch of keys; the oldest make room. Of a batch larger than the queue its newest keys stay.
+
+        Args:
+            keys: view to features (n, D_view), every view of the queue.
+            video_id: (n,) integers.
+            clip_id: (n,) integers; -1 where not given.
+            label: (n,) integer labels for metrics; -1 where not given.
+
+        Raises:
+            InvalidInput: views, shapes or types that do not fit, NaN or infinity. Nothing is changed then.
+        """
+        rows = self._check(keys)
+        columns = {
+            "video_id": _column(video_id, "video_id", rows),
+            "clip_id": _column(clip_id, "clip_id", rows),
+            "label": _column(label, "label", rows),
+        }
+        if not self._storage:
+            self._allocate(next(iter(keys.values())))
+        first = max(0, rows - self.size)
+        start = (self.cursor + first) % self.size
+        room = self.size - start
+        pieces = ((slice(start, start + min(rows - first, room)), slice(first, min(rows, first + room))),)
+        if rows - first > room:
+            pieces += ((slice(0, rows - first - room), slice(first + room, rows)),)
+        for slots, batch in pieces:
+            for view, value in keys.items():
+                self._storage[view][slots] = _assignable(value[batch], self._storage[view])
+            for name, column in columns.items():
+                self._storage[name][slots] = _assignable(column[batch], self._storage[name])
+        self.pushed += rows
+        if self.filled + rows > self.size:
+            self._overwritten_at = self.pushed
+        self.cursor = (self.cursor + rows) % self.size
+        self.filled = min(self.size, self.filled + rows)
+
+    def bank(self) -> Bank:
+        """The filled slots as a bank that shares their memory, valid until a later push reuses one of them."""
+        if not self._storage:
+            self._allocate(None)
+        seen = self.pushed
+
+        def guard() -> None:
+            if self._overwritten_at > seen:
+                raise StaleBank("bank: the queue has overwritten keys of this snapshot; take queue.bank() again")
+
+        shown = {name: values[: self.filled] for name, values in self._storage.items()}
+        return Bank(
+            {view: shown[view] for view in self.dims},
+            shown["video_id"],
+            clip_id=shown["clip_id"],
+            label=shown["label"],
+            metric=self.metric,
+            checked=True,
+            guard=guard,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything `load_state_dict` needs, keys included, as copies."""
+        storage = {name: values.clone() if is_torch(values) else values.copy() for name, values in self._storage.items()}
+        return {
+            "size": self.size,
+            "dims": dict(self.dims),
+            "dtype": self.dtype,
+            "filled": self.filled,
+            "cursor": self.cursor,
+            "pushed": self.pushed,
+            "storage": storage,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where `state_dict` was taken; earlier snapshots become stale.
+
+        Raises:
+            InvalidInput: the state is of a queue of another size, type or views.
+        """
+        for name, mine in (("size", self.size), ("dims", self.dims), ("dtype", self.dtype)):
+            if state[name] != mine:
+                raise InvalidInput(f"state: expected {name} {mine}, got {state[name]}")
+        if state["storage"]:
+            if not self._storage:
+                self._allocate(next(iter(state["storage"].values())))
+            for name, values in state["storage"].items():
+                self._storage[name][:] = _assignable(values, self._storage[name])
+        self.filled, self.cursor = state["filled"], state["cursor"]
+        self.pushed = max(self.pushed, state["pushed"]) + 1
+        self._overwritten_at = self.pushed
+
+    def _check(self, keys: Mapping[str, Array]) -> int:
+        if set(keys) != set(self.dims):
+            raise InvalidInput(f"keys: expected the views {', '.join(self.dims)}, got {', '.join(keys) or 'none'}")
+        rows: int | None = None
+        for view, value in keys.items():
+            name, width = f'keys["{view}"]', self.dims[view]
+            if device_of(value) == "cpu":
+                matrix = feature_matrix(value, name, columns=width)
+                require_finite(matrix, name)
+            elif value.ndim != 2 or value.shape[1] != width:
+                raise InvalidInput(f"{name}: expected (N, {width}), got {tuple(value.shape)} {dtype_name(value)}")
+            if rows is not None and len(value) != rows:
+                raise InvalidInput(f"{name}: expected ({rows}, {width}) as the first view has, got {tuple(value.shape)}")
+            rows = len(value)
+        return rows or 0
+
+    def _allocate(self, template: object) -> None:
+        shapes = {view: (self.size, width) for view, width in self.dims.items()}
+        columns = ("video_id", "clip_id", "label")
+        if self._device is not None or is_torch(template):
+            import torch
+
+            device = self._device if self._device is not None else getattr(template, "device", None)
+            kind: Any = getattr(torch, self.dtype)
+            self._storage = {view: torch.zeros(shape, dtype=kind, device=device) for view, shape in shapes.items()}
+            self._storage |= {name: torch.full((self.size,), -1, device=device) for name in columns}
+        else:
+            self._storage = {view: np.zeros(shape, FEATURE_DTYPES[self.dtype]) for view, shape in shapes.items()}
+            self._storage |= {name: np.full(self.size, -1, np.int64) for name in columns}
+
+
+def _column(value: object, name: str, rows: int) -> Any:
+    if value is None:
+        return np.full(rows, -1, np.int64)
+    if is_torch(value) and value.device.type != "cpu":
+        if value.ndim != 1 or len(value) != rows:
+            raise InvalidInput(f"{name}: expected ({rows},) integers, got {tuple(value.shape)} {dtype_name(value)}")
+        return value
+    return id_vector(value, name, rows)
+
+
+def _assignable(value: Any, target: Any) -> Any:
+    """`value` in the framework of `target`, so that a slice of it can be assigned."""
+    if is_torch(target):
+        import torch
+
+        return value.detach().to(target.device, target.dtype) if is_torch(value) else torch.from_numpy(np.array(value))
+    return to_host(value, "keys").astype(target.dtype, copy=False)

@@ -1,0 +1,124 @@
+"""The border between frameworks: NumPy arrays and torch tensors in, the same kind out, without copies.
+
+Inside the engine a host matrix is a NumPy array; bfloat16 travels as ``ml_dtypes.bfloat16``. torch is imported
+only once a torch tensor has been seen, so the engine runs on NumPy alone.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+from cascade_engine.errors import InvalidInput
+
+if TYPE_CHECKING:
+    import torch
+
+    Array: TypeAlias = np.ndarray[Any, Any] | torch.Tensor
+else:
+    Array: TypeAlias = Any
+
+Host: TypeAlias = npt.NDArray[Any]
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+FEATURE_DTYPES: dict[str, np.dtype[Any]] = {
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "bfloat16": BFLOAT16,
+}
+
+
+def is_torch(value: object) -> TypeGuard[torch.Tensor]:
+    """Whether `value` is a torch tensor; never imports torch."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(value, torch.Tensor)
+
+
+def device_of(value: object) -> str:
+    """``"cpu"`` for host data, torch's device string otherwise."""
+    return str(value.device) if is_torch(value) else "cpu"
+
+
+def dtype_name(value: Array) -> str:
+    """The element type's name as NumPy and torch both spell it, such as ``"float32"``."""
+    return str(value.dtype).removeprefix("torch.")
+
+
+def to_host(value: object, name: str) -> Host:
+    """`value` as a NumPy array that shares its memory; sequences become arrays.
+
+    Raises:
+        InvalidInput: a tensor on an accelerator, or something no array can be made of.
+    """
+    if is_torch(value):
+        if value.device.type != "cpu":
+            raise InvalidInput(f"{name}: expected data on the CPU, got a tensor on {value.device}")
+        value = value.detach()
+        if str(value.dtype) == "torch.bfloat16":
+            import torch
+
+            return value.view(torch.int16).numpy().view(BFLOAT16)
+        return value.numpy()
+    try:
+        array = np.asarray(value)
+    except (ValueError, TypeError) as error:
+        raise InvalidInput(f"{name}: expected an array, got {type(value).__name__}: {error}") from None
+    if array.dtype == object:
+        raise InvalidInput(f"{name}: expected an array of numbers, got {type(value).__name__}")
+    return array
+
+
+def like(result: Host, template: object) -> Any:
+    """`result` in the framework and on the device of `template`."""
+    if not is_torch(template):
+        return result
+    import torch
+
+    if result.dtype == BFLOAT16:
+        tensor = torch.from_numpy(result.view(np.int16)).view(torch.bfloat16)
+    else:
+        tensor = torch.from_numpy(result)
+    return tensor.to(template.device)
+
+
+def feature_matrix(value: object, name: str, *, columns: int | None = None) -> Host:
+    """`value` as a host matrix (N, D) of a stored feature type, checked.
+
+    Raises:
+        InvalidInput: wrong rank, width or type; the message names the argument, what was expected and what came.
+    """
+    array = to_host(value, name)
+    want = f"({'N'}, {columns if columns is not None else 'D'}) float32, float16 or bfloat16"
+    got = f"{tuple(array.shape)} {array.dtype}"
+    if array.dtype not in FEATURE_DTYPES.values() or array.ndim != 2 or array.shape[1] < 1:
+        raise InvalidInput(f"{name}: expected {want}, got {got}")
+    if columns is not None and array.shape[1] != columns:
+        raise InvalidInput(f"{name}: expected {want}, got {got}")
+    return array
+
+
+def require_finite(array: Host, name: str) -> None:
+    """Refuse NaN and infinity, naming the first row that holds one."""
+    step = max(1, (1 << 22) // max(1, array.shape[1]))
+    for start in range(0, len(array), step):
+        part = array[start : start + step]
+        finite = np.isfinite(part)
+        if not finite.all():
+            row, column = np.argwhere(~finite)[0]
+            raise InvalidInput(f"{name}: expected finite values, got {part[row, column]} in row {start + row}")
+
+
+def id_vector(value: object, name: str, rows: int) -> npt.NDArray[np.int64]:
+    """`value` as int64 ids (rows,).
+
+    Raises:
+        InvalidInput: not integers, or not one for each row.
+    """
+    array = to_host(value, name)
+    if array.ndim != 1 or len(array) != rows or (array.dtype.kind not in "iu" and array.size):
+        raise InvalidInput(f"{name}: expected ({rows},) integers, got {tuple(array.shape)} {array.dtype}")
+    return array.astype(np.int64, copy=False)
