@@ -25,7 +25,7 @@ lint: $(VENV)/ready  ## Style, types, import directions
 	mkdir -p build && rm -rf build/tree && mkdir build/tree && cp -rs $(CURDIR)/cascade_engine build/tree/
 	cp -rs $(CURDIR)/cli $(CURDIR)/benchmarks build/tree/cascade_engine/
 	$(BIN)/python -m mypy build/tree/cascade_engine
-	PYTHONPATH=build/tree $(BIN)/lint-imports
+	cd build/tree && $(CURDIR)/$(BIN)/lint-imports --config $(CURDIR)/pyproject.toml --no-cache --no-logo 2>/dev/null
 
 format: $(VENV)/ready  ## Rewrite the sources in the house's format
 	$(BIN)/ruff check --fix .

@@ -18,25 +18,19 @@ if TYPE_CHECKING:
     from cascade_engine.mining import select as select
     from cascade_engine.plan import CascadePlan as CascadePlan
     from cascade_engine.queue import KeyQueue as KeyQueue
-    from cascade_engine.searching import search as search
-    from cascade_engine.store import FeatureStore as FeatureStore
-    from cascade_engine.training import train as train
 
 _HOME = {
     "Bank": "bank",
     "CascadePlan": "plan",
-    "FeatureStore": "store",
     "KeyQueue": "queue",
     "Positives": "mining",
     "mine": "mining",
     "mine_and_contrast": "loss",
     "mine_self": "mining",
     "multi_positive_nce": "loss",
-    "search": "searching",
     "select": "mining",
-    "train": "training",
 }
-__all__ = sorted(_HOME)  # noqa: PLE0605
+__all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> Any:

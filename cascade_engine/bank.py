@@ -56,8 +56,8 @@ class Bank:
         checked: bool = False,
         guard: Callable[[], None] | None = None,
     ) -> None:
-        if not isinstance(keys, Mapping) or not keys:
-            raise InvalidInput(f"keys: expected a mapping of view name to (K, D), got {type(keys).__name__} without any")
+        if not keys:
+            raise InvalidInput("keys: expected at least one view, got none")
         if metric not in METRICS:
             raise InvalidInput(f"metric: expected one of {', '.join(METRICS)}, got {metric!r}")
         devices = {device_of(value) for value in keys.values()}
@@ -72,7 +72,8 @@ class Bank:
             checked_value = _matrix(value, name)
             if size is not None and len(checked_value) != size:
                 raise InvalidInput(
-                    f"{name}: expected ({size}, D) as the first view has, got {tuple(checked_value.shape)} {dtype_name(checked_value)}"
+                    f"{name}: expected ({size}, D) as the first view has, "
+                    f"got {tuple(checked_value.shape)} {dtype_name(checked_value)}"
                 )
             size = len(checked_value)
             if not checked:
@@ -140,7 +141,9 @@ def _require_finite(value: Any, name: str) -> None:
 
         finite = torch.isfinite(value).all(dim=1)
         if not bool(finite.all()):
-            raise InvalidInput(f"{name}: expected finite values, got NaN or infinity in row {int((~finite).nonzero()[0])}")
+            raise InvalidInput(
+                f"{name}: expected finite values, got NaN or infinity in row {int((~finite).nonzero()[0])}"
+            )
         return
     require_finite(to_host(value, name), name)
 

@@ -56,7 +56,8 @@ def multi_positive_nce(
         InvalidInput: an argument is wrong.
         StaleBank: `bank` is a queue's snapshot that has been overwritten.
 
-    Source: Wu et al., CVPRW 2022, equation 2; Han et al., NeurIPS 2020 (CoCLR), equation 3; Khosla et al., NeurIPS 2020.
+    Source: Wu et al., CVPRW 2022, equation 2; Han et al., NeurIPS 2020 (CoCLR), equation 3; Khosla et al., NeurIPS
+        2020.
     """
     bank.ensure_fresh()
     if view is None:
@@ -96,8 +97,8 @@ def _own_key_kept(
         return torch.ones_like(others)
     if self_positive == "never":
         return torch.zeros_like(others)
-    if not isinstance(self_positive, float | int) or not 0 <= self_positive <= 1:
-        raise InvalidInput(f"self_positive: expected 'always', 'never' or a probability, got {self_positive!r}")
+    if not 0 <= self_positive <= 1:
+        raise InvalidInput(f"self_positive: expected 'always', 'never' or a probability, got {self_positive}")
     drop = torch.rand(others.shape, generator=generator, device=others.device) < self_positive
     return ~(drop & others)
 

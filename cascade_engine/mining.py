@@ -57,7 +57,7 @@ def mine(
         plan: the stages; its views must be in `queries` and `bank`.
         queries: view to features (B, D_view), of the bank's widths, on its device.
         bank: the keys.
-        exclude: (B,) video ids, whose keys are never candidates; or a (B, K) boolean mask of keys that are not; or None.
+        exclude: (B,) video ids, whose keys are never candidates; or a (B, K) boolean mask of such keys; or None.
         trace: also return what each stage kept.
         backend: ``"cuda"``, ``"cpu"`` or ``"reference"``; the best that can run by default.
 
@@ -176,7 +176,7 @@ def self_tiles(
 
 def _keep_mutual(index: Host, similarity: Host) -> tuple[Host, Host]:
     """Rows with only the mutual pairs left, moved to the front in their order."""
-    rows, k = index.shape
+    rows = len(index)
     pairs = np.arange(rows)[:, None] * rows + index
     backward = index * rows + np.arange(rows)[:, None]
     mutual = (index >= 0) & np.isin(backward, pairs[index >= 0])
@@ -237,7 +237,9 @@ def _scores(value: Array, name: str, shape: tuple[int, ...] | None) -> Any:
     scores: Any = value if device_of(value) != "cpu" else to_host(value, name)
     if scores.ndim != 2 or dtype_name(scores) not in ("float32", "float64") or (shape and tuple(scores.shape) != shape):
         want = "(B, K)" if shape is None else str(shape)
-        raise InvalidInput(f"{name}: expected {want} float32 or float64, got {tuple(scores.shape)} {dtype_name(scores)}")
+        raise InvalidInput(
+            f"{name}: expected {want} float32 or float64, got {tuple(scores.shape)} {dtype_name(scores)}"
+        )
     if not is_torch(scores):
         require_finite(scores, name)
     return scores

@@ -1,9 +1,9 @@
 """Cascade plans: which view ranks the candidates at each stage, and how many it keeps.
 
-    plan  := stage ("," stage)*
-    stage := score ":" keep ["@bank"]
-    score := VIEW | ("sum" | "min" | "max" | "zsum" | "rrf") "(" VIEW ("," VIEW)+ ")"
-    keep  := INT | DECIMAL "%" | "prev" DECIMAL "%"
+plan  := stage ("," stage)*
+stage := score ":" keep ["@bank"]
+score := VIEW | ("sum" | "min" | "max" | "zsum" | "rrf") "(" VIEW ("," VIEW)+ ")"
+keep  := INT | DECIMAL "%" | "prev" DECIMAL "%"
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal, cast, get_args
+from typing import Literal, get_args
 
 from cascade_engine.errors import InvalidInput
 
@@ -161,7 +161,15 @@ class CascadePlan:
 
     @classmethod
     def preset(
-        cls, name: str, *, oracle: str, trainee: str, k: int = 5, stages: int = 7, ratio: float | str = "0.5", m: int | None = None
+        cls,
+        name: str,
+        *,
+        oracle: str,
+        trainee: str,
+        k: int = 5,
+        stages: int = 7,
+        ratio: float | str = "0.5",
+        m: int | None = None,
     ) -> CascadePlan:
         """A named plan of the literature for one oracle view and one trainee view.
 
@@ -317,7 +325,7 @@ class _Parser:
             views.append(view)
         if len(views) < 2:
             raise self.fail("a second view", self.at - 1)
-        return Score(tuple(views), cast(Fusion, word))
+        return Score(tuple(views), next(each for each in FUSIONS if each == word))
 
     def keep(self) -> Keep:
         self.skip_space()

@@ -88,13 +88,7 @@ class KeyQueue:
         }
         if not self._storage:
             self._allocate(next(iter(keys.values())))
-        first = max(0, rows - self.size)
-        start = (self.cursor + first) % self.size
-        room = self.size - start
-        pieces = ((slice(start, start + min(rows - first, room)), slice(first, min(rows, first + room))),)
-        if rows - first > room:
-            pieces += ((slice(0, rows - first - room), slice(first + room, rows)),)
-        for slots, batch in pieces:
+        for slots, batch in self._pieces(rows):
             for view, value in keys.items():
                 self._storage[view][slots] = _assignable(value[batch], self._storage[view])
             for name, column in columns.items():
@@ -104,6 +98,16 @@ class KeyQueue:
             self._overwritten_at = self.pushed
         self.cursor = (self.cursor + rows) % self.size
         self.filled = min(self.size, self.filled + rows)
+
+    def _pieces(self, rows: int) -> list[tuple[slice, slice]]:
+        """Which slots take which rows of a batch: one run of the ring, or two where it wraps around."""
+        first = max(0, rows - self.size)
+        start = (self.cursor + first) % self.size
+        run = min(rows - first, self.size - start)
+        pieces = [(slice(start, start + run), slice(first, first + run))]
+        if first + run < rows:
+            pieces.append((slice(0, rows - first - run), slice(first + run, rows)))
+        return pieces
 
     def bank(self) -> Bank:
         """The filled slots as a bank that shares their memory, valid until a later push reuses one of them."""
@@ -128,7 +132,9 @@ class KeyQueue:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything `load_state_dict` needs, keys included, as copies."""
-        storage = {name: values.clone() if is_torch(values) else values.copy() for name, values in self._storage.items()}
+        storage = {
+            name: values.clone() if is_torch(values) else values.copy() for name, values in self._storage.items()
+        }
         return {
             "size": self.size,
             "dims": dict(self.dims),
@@ -169,7 +175,9 @@ class KeyQueue:
             elif value.ndim != 2 or value.shape[1] != width:
                 raise InvalidInput(f"{name}: expected (N, {width}), got {tuple(value.shape)} {dtype_name(value)}")
             if rows is not None and len(value) != rows:
-                raise InvalidInput(f"{name}: expected ({rows}, {width}) as the first view has, got {tuple(value.shape)}")
+                raise InvalidInput(
+                    f"{name}: expected ({rows}, {width}) as the first view has, got {tuple(value.shape)}"
+                )
             rows = len(value)
         return rows or 0
 
@@ -179,7 +187,7 @@ class KeyQueue:
         if self._device is not None or is_torch(template):
             import torch
 
-            device = self._device if self._device is not None else getattr(template, "device", None)
+            device: Any = self._device if self._device is not None else getattr(template, "device", None)
             kind: Any = getattr(torch, self.dtype)
             self._storage = {view: torch.zeros(shape, dtype=kind, device=device) for view, shape in shapes.items()}
             self._storage |= {name: torch.full((self.size,), -1, device=device) for name in columns}

@@ -1,7 +1,8 @@
 """The definition of correct, in readable NumPy: every other backend must give equal answers.
 
-A similarity is the inner product of the stored values in float64, summed in one fixed order: eight running sums, one for
-each index modulo 8, then a fixed tree. Products of two float32 are exact in float64, so the order alone decides the bits.
+A similarity is the inner product of the stored values in float64, summed in one fixed order: eight running sums, one
+for each index modulo 8, then a fixed tree. Products of two float32 are exact in float64, so the order alone decides
+the bits.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ F64 = npt.NDArray[np.float64]
 I64 = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
 
-_BFLOAT16_MAX = float(ml_dtypes.finfo(ml_dtypes.bfloat16).max)
+_BFLOAT16_MAX = float(np.array(0x7F7F, np.uint16).view(ml_dtypes.bfloat16))
 _TILE_VALUES = 1 << 21  # float64 partial sums held at a time: 16 MiB
 
 
@@ -69,7 +70,7 @@ def similarity(q: Host, x: Host, metric: Metric) -> F64:
     if metric == "l2":
         return -((qq - 2 * products) + xx)
     norms = np.sqrt(qq) * np.sqrt(xx)
-    return np.divide(products, norms, out=np.zeros_like(products), where=norms != 0)
+    return np.where(norms != 0, products / np.where(norms != 0, norms, 1), 0)
 
 
 def mine(request: MineRequest) -> Selection:
@@ -94,7 +95,8 @@ def _excluded(exclude: Exclusion, key_video: Host | None, queries: int, keys: in
     if exclude.mask is not None:
         return np.asarray(exclude.mask, dtype=np.bool_)
     if exclude.video_id is not None and key_video is not None:
-        return np.asarray(exclude.video_id)[:, None] == key_video[None]
+        own: Mask = np.asarray(exclude.video_id)[:, None] == key_video[None]
+        return own
     return np.zeros((queries, keys), np.bool_)
 
 
