@@ -25,6 +25,7 @@ from cascade_engine.tensor import (
     require_finite,
     to_host,
 )
+from cascade_engine.tracing import phase
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +80,9 @@ def mine(
         exclude=_exclusion(exclude, rows, bank.size, bank),
         trace=trace,
     )
-    return _positives(engine.mine(request), queries[plan.views[0]])
+    with phase("mine"):
+        found = engine.mine(request)
+    return _positives(found, queries[plan.views[0]])
 
 
 def select(
@@ -121,7 +124,9 @@ def select(
         exclude=_exclusion(exclude, rows, keys, None),
         trace=trace,
     )
-    return _positives(engine.select(request), template)
+    with phase("select"):
+        found = engine.select(request)
+    return _positives(found, template)
 
 
 def mine_self(

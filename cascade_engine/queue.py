@@ -20,6 +20,7 @@ from cascade_engine.tensor import (
     require_finite,
     to_host,
 )
+from cascade_engine.tracing import phase
 
 
 class KeyQueue:
@@ -86,6 +87,10 @@ class KeyQueue:
             "clip_id": _column(clip_id, "clip_id", rows),
             "label": _column(label, "label", rows),
         }
+        with phase("push"):
+            self._write(keys, columns, rows)
+
+    def _write(self, keys: Mapping[str, Array], columns: Mapping[str, Any], rows: int) -> None:
         if not self._storage:
             self._allocate(next(iter(keys.values())))
         for slots, batch in self._pieces(rows):

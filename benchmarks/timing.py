@@ -1,0 +1,159 @@
+"""Timing that holds up on a machine others use too: interleaved rounds, warm-up, rotated inputs, medians with IQR."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Protocol
+
+Call = Callable[[int], object]  # takes the number of the call, so that it can rotate its input sets
+
+_VISIT_SECONDS = 0.02  # a visit repeats short calls for about this long
+_SLOW_SECONDS = 2.0  # a contestant whose call takes longer is called in two rounds only
+
+
+class Clock(Protocol):
+    """How long one call takes on some device."""
+
+    def seconds(self, call: Call, number: int) -> float:
+        """Run the call to its end and return its duration."""
+
+
+class HostClock:
+    """Wall time of a call that has finished when it returns."""
+
+    def seconds(self, call: Call, number: int) -> float:
+        """Run the call and return its duration."""
+        start = time.perf_counter()
+        call(number)
+        return time.perf_counter() - start
+
+
+class CudaClock:
+    """Time between two events on the current stream, after the L2 cache has been flushed."""
+
+    def __init__(self, device: str) -> None:
+        """Allocate a buffer several times the size of any L2 cache."""
+        import torch
+
+        self._flushed = torch.empty(1 << 28, dtype=torch.int8, device=device)
+
+    def seconds(self, call: Call, number: int) -> float:
+        """Run the call between two events and wait for the second."""
+        import torch
+
+        event: Any = torch.cuda.Event
+        start, end = event(enable_timing=True), event(enable_timing=True)
+        self._flushed.zero_()
+        start.record()
+        call(number)
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end)) / 1e3
+
+
+def clock_for(device: str) -> Clock:
+    """The clock that is right for calls on `device`."""
+    return HostClock() if device == "cpu" else CudaClock(device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """The spread of one contestant's call times, in seconds."""
+
+    median: float
+    lower: float
+    upper: float
+    calls: int
+
+    def as_json(self) -> dict[str, float | int]:
+        """Milliseconds, rounded to what the clock can tell."""
+        found = {name: round(value * 1e3, 4) for name, value in vars(self).items() if name != "calls"}
+        return {
+            "median_ms": found["median"],
+            "q1_ms": found["lower"],
+            "q3_ms": found["upper"],
+            "calls": self.calls,
+        }
+
+
+def interleaved(calls: Mapping[str, Call], *, rounds: int, clock: Clock) -> dict[str, Timing]:
+    """Time the contestants in turns, so that a disturbance hits all of them.
+
+    Every visit begins with a call that is not counted: it wakes the contestant's threads and puts the previous
+    contestant's to sleep.
+
+    Args:
+        calls: contestant to its call; each has been called before.
+        rounds: visits to each contestant; a slow one gets two.
+        clock: measures one call.
+    """
+    durations: dict[str, list[float]] = {name: [] for name in calls}
+    numbers = dict.fromkeys(calls, 0)
+    for turn in range(rounds):
+        for name, call in calls.items():
+            slow = bool(durations[name]) and durations[name][0] > _SLOW_SECONDS
+            if slow and turn >= 2:
+                continue
+            durations[name] += _visit(call, numbers[name], clock, warm=not slow)
+            numbers[name] += 100
+    return {name: _summary(found) for name, found in durations.items()}
+
+
+def _visit(call: Call, number: int, clock: Clock, *, warm: bool) -> list[float]:
+    first = clock.seconds(call, number)
+    if first > _SLOW_SECONDS or not warm:
+        return [first]
+    repeats = max(1, min(10, int(_VISIT_SECONDS / max(first, 1e-6))))
+    return [clock.seconds(call, number + each) for each in range(1, repeats + 1)]
+
+
+def _summary(durations: list[float]) -> Timing:
+    lower, median, upper = (
+        statistics.quantiles(durations, n=4, method="inclusive") if len(durations) > 1 else durations * 3
+    )
+    return Timing(median=median, lower=lower, upper=upper, calls=len(durations))
+
+
+@contextmanager
+def pinned(threads: int) -> Iterator[None]:
+    """Hold this process to `threads` processors, and every library's pool to as many threads."""
+    import torch
+    from threadpoolctl import threadpool_limits
+
+    allowed = os.sched_getaffinity(0)
+    before = torch.get_num_threads()
+    os.sched_setaffinity(0, set(sorted(allowed)[:threads]))
+    torch.set_num_threads(threads)
+    try:
+        with threadpool_limits(threads):
+            yield
+    finally:
+        torch.set_num_threads(before)
+        os.sched_setaffinity(0, allowed)
+
+
+def machine(packages: tuple[str, ...]) -> dict[str, Any]:
+    """What the figures were measured on: processor, memory, versions."""
+    facts = {"system": platform.platform(), "python": platform.python_version(), "processors": os.cpu_count()}
+    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() in ("model name", "flags"):
+            facts.setdefault(name.strip(), value.strip())
+    flags = str(facts.pop("flags", "")).split()
+    wide = [flag for flag in flags if flag.startswith(("avx", "fma", "amx"))]
+    return {**facts, "simd": wide, "versions": {name: _version(name) for name in packages}}
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,125 @@
+"""The mining benchmark: contestants agree before they are timed, a wrong answer is refused, results render."""
+
+import json
+
+import numpy as np
+import pytest
+from cascade_engine.benchmarks import inputs, judging, mining, peers, rendering, timing
+from cascade_engine.cli.bench import command
+from click.testing import CliRunner
+
+from cascade_engine.errors import InvalidInput
+from cascade_engine.plan import CascadePlan
+
+CPR = str(CascadePlan.preset("cpr", oracle="flow", trainee="rgb"))
+PLANS = [CPR, "rgb:1000,flow:100,rgb:3", "flow:64,rgb:5", "flow:32,rgb:32@bank"]
+PLANS += [f"{fusion}(flow,rgb):5" for fusion in ("sum", "min", "max", "zsum", "rrf")]
+
+
+def small(plan, **changes):
+    return inputs.Case(
+        **{"name": "x", "group": "x", "plan": plan, "queries": 24, "keys": 1500, "width": 32, "exclude": True} | changes
+    )
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_every_contestant_gives_the_right_answer(plan):
+    row = mining._measure(small(plan), list(peers.contestants(None, "cpu", 2)), "cpu", 1)
+    outcomes = row["contestants"]
+    assert [name for name, o in outcomes.items() if o.get("skipped") == "wrong answer"] == []
+    assert outcomes["engine"]["equal"] == 1.0
+    timed = {name for name, o in outcomes.items() if "median_ms" in o}
+    assert {"engine", "torch", "torch-bf16"} <= timed
+    assert ("published" in timed) == (plan in (CPR, "rgb:1000,flow:100,rgb:3"))
+
+
+def test_single_view_contestants_agree():
+    row = mining._measure(small("rgb:10", exclude=False), list(peers.contestants(None, "cpu", 2)), "cpu", 1)
+    assert {name for name, o in row["contestants"].items() if "median_ms" in o} >= {"scikit-learn", "usearch", "numpy"}
+
+
+def test_a_wrong_answer_is_not_timed():
+    def prepare(problem):
+        return lambda batch: np.zeros((24, 5), np.int64)
+
+    liar = peers.Contestant(name="engine", exact=True, prepare=prepare, refuse=lambda case: None)
+    row = mining._measure(small("rgb:5"), [liar], "cpu", 1)
+    assert row["contestants"]["engine"]["skipped"] == "wrong answer"
+    assert "median_ms" not in row["contestants"]["engine"]
+    assert mining.wrong({"cases": [row]}) == ["x: engine"]
+
+
+def test_one_swapped_pair_fails_the_engine_and_rounding_is_forgiven_to_others_only():
+    problem = inputs.make(small("rgb:5"))
+    judge = judging.Judge(problem)
+    full = np.zeros((24, 5), np.int64)
+    full[judge.rows] = judge.index
+    assert judge(full).accepts(engine=True)
+    swapped = full.copy()
+    row = judge.rows[0]
+    swapped[row, :2] = swapped[row, 1::-1]
+    verdict = judge(swapped)
+    assert not verdict.accepts(engine=True)
+    assert verdict.explained == verdict.equal < 1
+    assert not judge(full[:, :4]).accepts(engine=False)
+
+
+def test_bars_compare_with_the_named_peer_or_the_fastest_exact_one():
+    outcomes = {
+        "engine": {"exact": True, "median_ms": 1.0},
+        "torch": {"exact": True, "median_ms": 8.0},
+        "torch-bf16": {"exact": False, "median_ms": 2.0},
+        "numpy": {"exact": True, "median_ms": 6.0},
+    }
+    case = small("rgb:5", bars=(inputs.Bar(peer="torch", factor=9), inputs.Bar(peer="peer", factor=3)))
+    assert mining.bars(case, outcomes) == [
+        {"peer": "torch", "asked": 9, "reached": 8.0},
+        {"peer": "numpy", "asked": 3, "reached": 6.0},
+    ]
+
+
+def test_slow_contestants_are_called_in_two_rounds_and_inputs_rotate():
+    class Fake:
+        def seconds(self, call, number):
+            return call(number)
+
+    seen = []
+    found = timing.interleaved(
+        {"slow": lambda number: 5.0, "fast": lambda number: seen.append(number) or 0.01}, rounds=4, clock=Fake()
+    )
+    assert found["slow"].calls == 2
+    assert found["fast"].calls == 8
+    assert len(set(seen)) == len(seen)
+
+
+def test_names_are_unique_and_unknown_ones_refused():
+    assert len({case.name for case in inputs.CASES}) == len(inputs.CASES)
+    assert {case.name for case in inputs.find(inputs.QUICK, ())} == set(inputs.QUICK)
+    with pytest.raises(InvalidInput, match="cpr-32x2048"):
+        inputs.find(("nosuch",), ())
+
+
+def test_the_command_writes_results_and_renders_them(tmp_path):
+    to, image = tmp_path / "r.json", tmp_path / "r.png"
+    arguments = ["mining", "--case", "cpr-32x2048", "--contestant", "engine", "--contestant", "torch", "--rounds", "1"]
+    done = CliRunner().invoke(command, [*arguments, "--json", str(to)], catch_exceptions=False)
+    assert done.exit_code == 0
+    results = json.loads(to.read_text())
+    assert results["settings"]["threads"] == 2
+    assert results["cases"][0]["bars"][0]["asked"] == 8
+    shown = CliRunner().invoke(
+        command, ["mining", "--from", str(to), "--table", "--plot", str(image)], catch_exceptions=False
+    )
+    assert rendering.table(results) in shown.output
+    assert "cpr-32x2048" in shown.output
+    assert image.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_trace_holds_the_engines_phases(tmp_path):
+    to = tmp_path / "trace.json"
+    done = CliRunner().invoke(
+        command, ["mining", "--quick", "--profile", str(to), "--backend", "reference"], catch_exceptions=False
+    )
+    assert done.exit_code == 0
+    names = {event.get("name") for event in json.loads(to.read_text())["traceEvents"]}
+    assert {"cascade::mine", "cascade::push"} <= names
