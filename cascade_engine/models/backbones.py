@@ -1,0 +1,82 @@
+"""Backbones: clips (B, C, T, H, W) to pooled features (B, F), for any T, H and W."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+SMALL_WIDTH = 32  # of small3d's first layer; the others are multiples of it
+
+
+def small3d(channels: int) -> tuple[nn.Module, int]:
+    """A net for CPUs: a strided stem, then convolutions factored in space and time, 0.3 million weights.
+
+    Its stem divides height and width by four at once: at 8 x 56 x 56 that is where nearly all the time would go.
+    """
+    first, second, third = SMALL_WIDTH, 2 * SMALL_WIDTH, 4 * SMALL_WIDTH
+
+    def layer(inside: int, outside: int, kernel: tuple[int, ...], stride: tuple[int, ...]) -> list[nn.Module]:
+        padding = tuple(size // 2 for size in kernel)
+        convolution = nn.Conv3d(inside, outside, kernel, stride, padding, bias=False)  # type: ignore[arg-type]
+        return [convolution, nn.BatchNorm3d(outside), nn.ReLU(inplace=True)]
+
+    layers = [
+        *layer(channels, first, (3, 5, 5), (2, 4, 4)),
+        *layer(first, second, (1, 3, 3), (1, 1, 1)),
+        *layer(second, second, (3, 1, 1), (1, 1, 1)),
+        *layer(second, third, (1, 3, 3), (1, 2, 2)),
+        *layer(third, third, (3, 1, 1), (2, 1, 1)),
+    ]
+    return _pooled(nn.Sequential(*layers)), third
+
+
+def s3d(channels: int) -> tuple[nn.Module, int]:
+    """Separable inception in 3D (Xie et al., ECCV 2018), torchvision's layers without its fixed 7 x 7 pooling."""
+    from torchvision.models.video import s3d as build
+
+    features: Any = build(weights=None).features
+    features[0][0][0] = _with_channels(features[0][0][0], channels)
+    features[13].ceil_mode = True  # its unpadded pooling would refuse what is one frame or one pixel by then
+    for module in features.modules():
+        if isinstance(module, nn.BatchNorm3d):
+            module.momentum = 0.1  # torchvision's 0.001 is for fine-tuning: short runs would evaluate on N(0, 1)
+    return _pooled(features), 1024
+
+
+def r3d18(channels: int) -> tuple[nn.Module, int]:
+    """An 18-layer residual net of 3D convolutions (Tran et al., CVPR 2018), torchvision's."""
+    from torchvision.models.video import r3d_18
+
+    return _residual(r3d_18(weights=None), channels)
+
+
+def r2plus1d18(channels: int) -> tuple[nn.Module, int]:
+    """An 18-layer residual net of factored 3D convolutions (Tran et al., CVPR 2018), torchvision's."""
+    from torchvision.models.video import r2plus1d_18
+
+    return _residual(r2plus1d_18(weights=None), channels)
+
+
+def _residual(net: Any, channels: int) -> tuple[nn.Module, int]:
+    net.stem[0] = _with_channels(net.stem[0], channels)
+    return _pooled(nn.Sequential(net.stem, net.layer1, net.layer2, net.layer3, net.layer4)), 512
+
+
+def _pooled(features: nn.Module) -> nn.Module:
+    return nn.Sequential(features, nn.AdaptiveAvgPool3d(1), nn.Flatten())
+
+
+def _with_channels(stem: nn.Conv3d, channels: int) -> nn.Conv3d:
+    """The first convolution for another number of input channels, or itself where that is the same."""
+    if channels == stem.in_channels:
+        return stem
+    kernel, stride, padding = map(_triple, (stem.kernel_size, stem.stride, stem.padding))
+    made = nn.Conv3d(channels, stem.out_channels, kernel, stride, padding, bias=stem.bias is not None)
+    nn.init.kaiming_normal_(made.weight, mode="fan_out", nonlinearity="relu")
+    return made
+
+
+def _triple(size: Any) -> tuple[int, int, int]:
+    depth, height, width = size
+    return depth, height, width

@@ -1,0 +1,55 @@
+"""Batch norm on one device that does not tell a query which key is its own.
+
+Where query and key batches are normalised by statistics of the same clips, the net can recognise its own key by them
+and the loss falls without learning. MoCo shuffles keys across GPUs; one device does the same by taking statistics over
+groups of the batch, with the keys in another order, so that a query and its key meet different companions.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+class GroupedBatchNorm3d(nn.BatchNorm3d):
+    """Batch norm whose training statistics are taken over `groups` consecutive parts of the batch.
+
+    In evaluation it is plain batch norm. Running statistics move once a batch, to the mean over the groups.
+
+    Source: He et al., CVPR 2020 (MoCo), section 3.3, for the leak and the shuffle.
+    """
+
+    groups = 1
+
+    def forward(self, batch: torch.Tensor) -> torch.Tensor:
+        """Normalise (B, C, T, H, W)."""
+        if not self.training or self.groups == 1:
+            return super().forward(batch)
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        parts = torch.tensor_split(batch, min(self.groups, len(batch)))
+        share = self.momentum if self.momentum is not None else 0.1
+        with torch.no_grad():
+            mean = torch.stack([part.float().mean((0, 2, 3, 4)) for part in parts]).mean(0)
+            variance = torch.stack([part.float().var((0, 2, 3, 4)) for part in parts]).mean(0)
+            self.running_mean.lerp_(mean, share)
+            self.running_var.lerp_(variance, share)
+            self.num_batches_tracked += 1
+        done = [
+            nn.functional.batch_norm(part, None, None, self.weight, self.bias, True, 0.0, self.eps) for part in parts
+        ]
+        return torch.cat(done)
+
+
+def group_batch_norm(module: Module, groups: int) -> Module:
+    """Make every 3D batch norm in `module` take its training statistics over `groups` parts of the batch, in place."""
+    for child in module.modules():
+        if isinstance(child, nn.BatchNorm3d):
+            child.__class__ = GroupedBatchNorm3d
+            vars(child)["groups"] = groups
+    return module

@@ -1,0 +1,233 @@
+"""The config of a training run: one tree of frozen dataclasses, written and read as TOML."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import Literal
+
+from cascade_engine.errors import InvalidInput
+from cascade_engine.models.encoder import ENCODERS
+from cascade_engine.plan import PRESETS, CascadePlan, Keep, Stage
+from cascade_engine.training.settings import build, option, override, read_toml
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where the clips come from."""
+
+    source: str = option("", "folder of videos, CSV index (path,label,split), 'mocap15', or '' for a cache made before")
+    cache: str = option("cache", "folder that keeps the decoded frames of every view")
+    train_split: str = option("train", "the videos trained on; '' for all")
+    flow: str = option("dis", "optical flow by: dis, farneback, tvl1")
+    workers: int = option(0, "processes that prepare batches; the batches do not depend on their number")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipConfig:
+    """What a clip is."""
+
+    frames: int = option(8, "frames per clip")
+    size: int = option(56, "height and width of the cached frames, in pixels")
+    crop: int = option(48, "height and width that the encoder sees, in pixels")
+    stride: int = option(1, "cached frames from one frame of a clip to the next")
+    two_clips: bool = option(True, "query and key are two clips of a video, not one clip augmented twice")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+    """Augmentations, drawn once per clip, alike for all its frames."""
+
+    flip: float = option(0.5, "probability of a horizontal flip (flow's horizontal sign turns with it)")
+    area: float = option(0.5, "smallest share of the frame that a random crop shows")
+    jitter: float = option(0.4, "strength of brightness, contrast and saturation changes of rgb")
+    gray: float = option(0.2, "probability of gray rgb")
+    blur: float = option(0.0, "probability of blurred rgb")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The encoder of each view, its head and its momentum copy."""
+
+    encoder: str = option("small3d", f"one of {', '.join(ENCODERS)}")
+    dim: int = option(128, "width of the embedding that is mined and contrasted")
+    momentum: float = option(0.999, "of the key encoder")
+    norm_groups: int = option(2, "groups of a batch that batch norm is taken over, keys shuffled among them; 1: plain")
+
+    def __post_init__(self) -> None:
+        """Refuse an encoder that does not exist."""
+        if self.encoder not in ENCODERS:
+            raise InvalidInput(f"encoder: expected one of {', '.join(ENCODERS)}, got {self.encoder!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BankConfig:
+    """The keys that queries are contrasted with."""
+
+    kind: Literal["queue", "indexed"] = option("queue", "queue: the newest keys; indexed: a slot for each video")
+    size: int = option(2048, "keys in the queue")
+    momentum: float = option(0.5, "of an indexed bank's slots: v <- norm(m v + (1 - m) f)")
+    dtype: Literal["float32", "float16", "bfloat16"] = option("float32", "the keys are kept in")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """The contrast of queries with their keys, positives and the bank."""
+
+    temperature: float = option(0.07, "divides every similarity")
+    reduction: Literal["logsumexp", "mean_log"] = option("logsumexp", "over the positives: MIL-NCE, or SupCon's mean")
+    self_positive: Literal["always", "never"] | float = option(
+        "always", "own key among the positives: always, never, or the probability to drop it where there are others"
+    )
+    siblings: Literal["positive", "ignore", "negative"] = option("positive", "keys of the query's own video")
+    pairs: Literal["same", "cross", "both"] = option("same", "keys of the query's view, of the first oracle, or both")
+    negatives: tuple[Literal["repeat", "shuffle"], ...] = option(
+        (), "the query's own clip, spoilt in time, as further negatives: repeat, shuffle"
+    )
+
+    def __post_init__(self) -> None:
+        """Refuse what is out of range."""
+        if self.temperature <= 0:
+            raise InvalidInput(f"temperature: expected a number above 0, got {self.temperature}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """Optimiser and arithmetic."""
+
+    optimizer: Literal["adam", "adamw", "sgd"] = option("adam", "adam, adamw or sgd (momentum 0.9)")
+    batch: int = option(32, "clips per batch, over all processes")
+    weight_decay: float = option(1e-5, "")
+    accumulate: int = option(1, "batches per optimiser step")
+    clip_norm: float = option(0.0, "largest norm of the gradient; 0: not clipped")
+    precision: Literal["float32", "bfloat16"] = option("float32", "of the encoders' arithmetic; the loss is float32")
+    compile: bool = option(False, "torch.compile the encoders")
+    threads: int = option(0, "of torch on a CPU; 0: its own choice")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputConfig:
+    """What a run keeps, and how often."""
+
+    runs: str = option("runs", "folder of the run folders")
+    log_every: int = option(10, "steps between rows of metrics.csv and TensorBoard")
+    checkpoint_every: int = option(200, "steps between checkpoints")
+    keep: int = option(2, "checkpoints kept for resuming")
+    tensorboard: bool = option(True, "write TensorBoard events where tensorboard is installed")
+    wandb: bool = option(False, "log to Weights & Biases; needs wandb installed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhaseConfig:
+    """One phase: which view is trained, with whose help, from which weights, for how long.
+
+    Source: METHOD section 4 (blocks 910 to 920, 700: progressive phases).
+    """
+
+    name: str = option("", "unique; the store's phase has this name too")
+    train: str = option("rgb", "the view trained")
+    oracles: tuple[str, ...] = option((), "views that help to mine, frozen")
+    oracle_from: str = option("latest", "their weights: latest, initial or an earlier phase")
+    inherit: str = option("latest", "the trained view's first weights: latest, initial or an earlier phase")
+    plan: str = option("", f"'': own key only (InfoNCE); plan text; or one of {', '.join(PRESETS)}")
+    top_k: int = option(0, "positives per query; 0: as many as the plan says")
+    positives: str = option("plan", "plan; labels (the supervised bound); or a table made by `cascade mine`")
+    anchor: Literal["query", "key"] = option("query", "mine with the query's embedding or with its key's")
+    mine_from: float = option(1.0, "share of the bank that must be filled before positives are mined")
+    epochs: int = option(10, "passes over the training videos")
+    lr: float = option(1e-3, "highest learning rate")
+    schedule: Literal["cosine", "steps", "constant"] = option("cosine", "steps: a tenth at 60 % and again at 80 %")
+    warmup: float = option(0.0, "epochs of linear warm-up")
+
+    def __post_init__(self) -> None:
+        """Refuse what is out of range, and plans of views that the phase does not have."""
+        if self.epochs < 1 or self.lr <= 0 or self.top_k < 0 or self.warmup < 0 or not 0 <= self.mine_from <= 1:
+            raise InvalidInput(
+                "expected epochs of at least 1, lr above 0, top_k and warmup of at least 0, mine_from in [0, 1], "
+                f"got {self.epochs}, {self.lr}, {self.top_k}, {self.warmup}, {self.mine_from}"
+            )
+        if self.train in self.oracles:
+            raise InvalidInput(f"oracles: expected other views than the trained one, got {self.train!r}")
+        plan = self.cascade()
+        foreign = [view for view in plan.views if view not in self.views] if plan else []
+        if foreign:
+            raise InvalidInput(f"plan: expected the views {', '.join(self.views)}, got {foreign[0]!r} in {self.plan!r}")
+
+    @property
+    def views(self) -> tuple[str, ...]:
+        """The trained view, then the oracles."""
+        return (self.train, *self.oracles)
+
+    def cascade(self) -> CascadePlan | None:
+        """The plan that mines, with `top_k` positives; None where own keys alone are positives."""
+        if not self.plan:
+            return None
+        if self.plan in PRESETS:
+            oracle = self.oracles[0] if self.oracles else self.train
+            plan = CascadePlan.preset(self.plan, oracle=oracle, trainee=self.train, k=self.top_k or 5)
+        else:
+            plan = CascadePlan.parse(self.plan)
+        if not self.top_k:
+            return plan
+        last = plan.stages[-1]
+        kept = Keep(Fraction(self.top_k), "count")
+        return CascadePlan((*plan.stages[:-1], Stage(last.score, kept, last.over_bank)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A training run."""
+
+    name: str = option("run", "of the run's folder")
+    seed: int = option(0, "of every random draw")
+    views: tuple[str, ...] = option(("rgb", "flow"), "what clips are shown as: rgb, flow, residual, motion_vectors")
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
+    data: DataConfig = field(default_factory=DataConfig)
+    clip: ClipConfig = field(default_factory=ClipConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    bank: BankConfig = field(default_factory=BankConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    output: OutputConfig = field(default_factory=OutputConfig)
+    phase: tuple[PhaseConfig, ...] = option((), "One phase a row, in order.")
+
+    def __post_init__(self) -> None:
+        """Refuse phases that name views or phases which do not exist."""
+        if not self.phase:
+            raise InvalidInput("phase: expected at least one phase, got none")
+        known: dict[str, PhaseConfig] = {}
+        for number, phase in enumerate(self.phase, start=1):
+            _check_phase(phase, f"phase.{number}", self, known)
+            known[phase.name] = phase
+
+
+def _check_phase(phase: PhaseConfig, place: str, config: TrainConfig, known: dict[str, PhaseConfig]) -> None:
+    """Refuse a phase that names what the config does not have; `known` are the phases before it."""
+    if not phase.name or not phase.name.replace("-", "").replace("_", "").isalnum() or phase.name == "initial":
+        raise InvalidInput(f"{place}.name: expected letters, digits, '-' and '_', not 'initial', got {phase.name!r}")
+    if phase.name in known:
+        raise InvalidInput(f"{place}.name: expected a name of its own, got {phase.name!r} again")
+    missing = [view for view in phase.views if view not in config.views]
+    if missing:
+        raise InvalidInput(f"{place}: expected the run's views {', '.join(config.views)}, got {missing[0]!r}")
+    for key, source in (
+        ("inherit", phase.inherit),
+        ("oracle_from", phase.oracle_from),
+    ):
+        if source not in ("latest", "initial", *known):
+            there = ", ".join(["latest", "initial", *known])
+            raise InvalidInput(f"{place}.{key}: expected one of {there}, got {source!r}")
+    if config.loss.pairs != "same" and not phase.oracles:
+        raise InvalidInput(f"{place}.oracles: expected a view for cross-view pairs, got none")
+
+
+def load_config(path: Path, assignments: Sequence[str] = ()) -> TrainConfig:
+    """The config in a TOML file, with ``key=value`` assignments on top.
+
+    Raises:
+        InvalidInput: an unknown key, a wrong type or a value that cannot be; the message gives its place.
+    """
+    return build(TrainConfig, override(read_toml(path), assignments))

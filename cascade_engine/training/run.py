@@ -1,0 +1,163 @@
+"""A run's folder: what training leaves behind, and how the rest of the house reads it.
+
+config.toml       the config with every default written out
+versions.json     versions, git commit, seed, machine
+index.csv         the videos: path, video id, label, split
+metrics.csv       one row per logged step
+checkpoints/      NN-<phase>.pt: encoders after each phase (00-initial: before the first); step-*.pt: for resuming
+features.zarr     a sealed phase of features after each training phase
+tensorboard/      events, where tensorboard is installed
+"""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+from cascade_engine.errors import CheckpointError, InvalidInput
+from cascade_engine.models import Encoder, build_encoder, load_weights
+from cascade_engine.training import checkpoint
+from cascade_engine.training.config import TrainConfig, load_config
+from cascade_engine.training.settings import to_toml
+
+INITIAL = "initial"  # the name of the weights before the first phase
+
+
+class Run:
+    """One training run on disk; made by `Run.create` or `Run.open`.
+
+    Args:
+        folder: the run's folder.
+        config: its config.
+    """
+
+    def __init__(self, folder: Path, config: TrainConfig) -> None:
+        self.folder = folder
+        self.config = config
+
+    @classmethod
+    def create(cls, folder: str | Path, config: TrainConfig) -> Run:
+        """Make a run's folder and write its config.
+
+        Raises:
+            InvalidInput: the folder holds a run already.
+        """
+        folder = Path(folder)
+        if (folder / "config.toml").exists():
+            raise InvalidInput(f"run: {folder} holds a run already; resume it, or give this one another name")
+        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        (folder / "config.toml").write_text(to_toml(config), encoding="utf-8")
+        return cls(folder, config)
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Run:
+        """The run in `folder`.
+
+        Raises:
+            InvalidInput: there is none, or its config is of another version.
+        """
+        folder = Path(folder)
+        if not (folder / "config.toml").is_file():
+            raise InvalidInput(f"run: expected a run's folder with a config.toml, got {folder}")
+        return cls(folder, load_config(folder / "config.toml"))
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of checkpoints."""
+        return self.folder / "checkpoints"
+
+    @property
+    def store_path(self) -> Path:
+        """The feature store: per phase the views' embeddings, and the backbones' features as ``<view>.backbone``."""
+        return self.folder / "features.zarr"
+
+    @property
+    def cache_path(self) -> Path:
+        """The folder of decoded frames that the run was trained on."""
+        return Path(self.config.data.cache)
+
+    @property
+    def index_path(self) -> Path:
+        """The run's copy of the videos' index."""
+        return self.folder / "index.csv"
+
+    @property
+    def views(self) -> tuple[str, ...]:
+        """The views of the run."""
+        return self.config.views
+
+    @property
+    def phases(self) -> tuple[str, ...]:
+        """The phases that are done, in order."""
+        names = [phase.name for phase in self.config.phase]
+        return tuple(name for name in names if self.phase_path(name).exists())
+
+    def phase_path(self, name: str) -> Path:
+        """Where the encoders after a phase are (``initial``: before the first).
+
+        Raises:
+            InvalidInput: the run has no such phase.
+        """
+        names = [INITIAL, *(phase.name for phase in self.config.phase)]
+        if name not in names:
+            raise InvalidInput(f"phase: expected one of {', '.join(names)}, got {name!r}")
+        return self.checkpoints / f"{names.index(name):02d}-{name}.pt"
+
+    def trained_in(self, view: str, phase: str | None = None) -> str:
+        """The phase, at or before `phase` (by default the last one done), that gave `view` its weights."""
+        if view not in self.views:
+            raise InvalidInput(f"view: expected one of {', '.join(self.views)}, got {view!r}")
+        names = [each.name for each in self.config.phase]
+        if phase is None:
+            upto = len(self.phases)
+        else:
+            self.phase_path(phase)  # refuses an unknown name
+            upto = 0 if phase == INITIAL else names.index(phase) + 1
+        trained = [each.name for each in self.config.phase[:upto] if each.train == view]
+        return trained[-1] if trained else INITIAL
+
+    def encoder(self, view: str, phase: str | None = None) -> Encoder:
+        """The encoder of `view` as it was after `phase`, in evaluation mode on the CPU.
+
+        Args:
+            view: one of the run's views.
+            phase: a phase's name; by default the last one done; ``"initial"``: random weights, before training.
+
+        Raises:
+            InvalidInput: no such view or phase.
+            CheckpointError: the phase is not done, or its weights do not fit; missing and extra ones are listed.
+        """
+        source = self.trained_in(view, phase)
+        state = checkpoint.load(self.phase_path(source))
+        model = self.config.model
+        encoder = build_encoder(model.encoder, state["channels"][view], dim=model.dim)
+        if view not in state["encoders"]:
+            raise CheckpointError(f"{self.phase_path(source)}: expected the view {view!r}, got none")
+        load_weights(encoder, state["encoders"][view], str(self.phase_path(source)))
+        return encoder.eval()
+
+    def save_encoders(self, phase: str, encoders: dict[str, Encoder], channels: dict[str, int]) -> None:
+        """Keep encoders as those after `phase`; the views that it did not train are found in earlier phases."""
+        weights = {view: encoder.state_dict() for view, encoder in encoders.items()}
+        checkpoint.save(self.phase_path(phase), {"encoders": weights, "channels": channels})
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """The rows of metrics.csv, numbers as numbers; empty before the first is written."""
+        path = self.folder / "metrics.csv"
+        if not path.exists():
+            return []
+        with path.open(newline="", encoding="utf-8") as file:
+            return [{key: _number(value) for key, value in row.items()} for row in csv.DictReader(file)]
+
+
+def _number(text: str | None) -> Any:
+    """The text as a number where it is one, None where it is empty."""
+    if not text:
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        return text
+    return int(value) if value.is_integer() and "." not in text and "e" not in text else value
