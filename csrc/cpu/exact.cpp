@@ -1,0 +1,213 @@
+#include "cpu/exact.hpp"
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <limits>
+
+#include "cpu/widen.hpp"
+
+namespace cascade::cpu {
+namespace {
+
+constexpr double rrf_offset = 60;  // Cormack, Clarke, Buettcher, SIGIR 2009
+
+template <class T>
+void widen_as(const Matrix& matrix, int64_t row, double* out) {
+  const auto* from = static_cast<const T*>(matrix.data) + row * matrix.stride;
+  for (int64_t d = 0; d < matrix.columns; ++d) out[d] = static_cast<double>(widen(from[d]));
+}
+
+template <class T>
+void given_scores(const Matrix& given, int64_t row, const int64_t* keys, int64_t first, int64_t count, double* out) {
+  const auto* from = static_cast<const T*>(given.data) + row * given.stride;
+  for (int64_t i = 0; i < count; ++i) out[i] = static_cast<double>(from[keys != nullptr ? keys[i] : first + i]);
+}
+
+// Rounds to nearest even in one step; a detour over float could round twice.
+double to_bfloat16(double value) {
+  const auto bits = std::bit_cast<uint64_t>(value);
+  constexpr int dropped = 52 - 7;
+  const uint64_t half = (uint64_t{1} << (dropped - 1)) - 1 + (bits >> dropped & 1);
+  return std::bit_cast<double>((bits + half) >> dropped << dropped);
+}
+
+}  // namespace
+
+void widen_row(const Matrix& matrix, int64_t row, std::vector<double>& out) {
+  out.assign((matrix.columns + 7) / 8 * 8, 0.0);
+  if (matrix.dtype == DType::float32) widen_as<float>(matrix, row, out.data());
+  if (matrix.dtype == DType::float16) widen_as<Float16>(matrix, row, out.data());
+  if (matrix.dtype == DType::bfloat16) widen_as<BFloat16>(matrix, row, out.data());
+}
+
+double zsum_weight(double sigma) {
+  constexpr double largest = 0x1.fep127;
+  constexpr double smallest_normal = 0x1p-126;  // below it bfloat16 loses digits; no sigma of finite keys is so large
+  if (sigma == 0) return 0;
+  const double weight = std::min(1 / sigma, largest);
+  return weight < smallest_normal ? std::nearbyint(weight * 0x1p133) * 0x1p-133
+                                  : std::min(to_bfloat16(weight), largest);
+}
+
+void mark_excluded(const Exclusion& exclude, int64_t row, std::span<uint8_t> excluded) {
+  const auto keys = static_cast<int64_t>(excluded.size());
+  if (exclude.mask != nullptr) {
+    const bool* mask = exclude.mask + row * keys;
+    for (int64_t k = 0; k < keys; ++k) excluded[k] = mask[k];
+  } else if (exclude.query_video != nullptr) {
+    const int64_t video = exclude.query_video[row];
+    for (int64_t k = 0; k < keys; ++k) excluded[k] = exclude.key_video[k] == video;
+  } else {
+    std::fill(excluded.begin(), excluded.end(), uint8_t{0});
+  }
+}
+
+void ExactView::bind(const Bank& bank, int32_t view, const Matrix& queries, int64_t row) {
+  bank_ = &bank;
+  view_ = view;
+  widen_row(queries, row, query_);
+  if (bank.metric() != Metric::inner_product) {
+    bank.kernels().dots(query_.data(), queries, nullptr, row, 1, &squared_norm_);
+  }
+}
+
+void ExactView::bind(const Matrix& similarities, int64_t row) {
+  given_ = &similarities;
+  row_ = row;
+}
+
+void ExactView::scores(const int64_t* keys, int64_t first, int64_t count, double* out) const {
+  if (given_ != nullptr) {
+    if (given_->dtype == DType::float32) given_scores<float>(*given_, row_, keys, first, count, out);
+    if (given_->dtype == DType::float64) given_scores<double>(*given_, row_, keys, first, count, out);
+    return;
+  }
+  bank_->kernels().dots(query_.data(), bank_->views()[view_], keys, first, count, out);
+  if (bank_->metric() == Metric::inner_product) return;
+  const double norm = std::sqrt(squared_norm_);
+  const auto squared = bank_->squared_norms(view_);
+  for (int64_t i = 0; i < count; ++i) {
+    const double other = squared[keys != nullptr ? keys[i] : first + i];
+    if (bank_->metric() == Metric::l2) {
+      out[i] = -((squared_norm_ - 2 * out[i]) + other);
+    } else {
+      const double norms = norm * std::sqrt(other);
+      out[i] = norms != 0 ? out[i] / norms : 0;
+    }
+  }
+}
+
+ExactCascade::ExactCascade(std::span<const Stage> stages, int64_t views, int64_t keys)
+    : stages_(stages), keys_(keys), views_(views), all_(views), have_all_(views) {}
+
+void ExactCascade::column(int32_t view, std::span<const int64_t> keys, double* out) {
+  const auto count = static_cast<int64_t>(keys.size());
+  if (!have_all_[view] && count < keys_ - keys_ / 4) return views_[view].scores(keys.data(), 0, count, out);
+  if (!have_all_[view]) {
+    all_[view].resize(keys_);
+    views_[view].scores(nullptr, 0, keys_, all_[view].data());
+    have_all_[view] = true;
+  }
+  for (int64_t i = 0; i < count; ++i) out[i] = all_[view][keys[i]];
+}
+
+double ExactCascade::deviation(int32_t view) {
+  if (keys_ == 0) return 0;
+  if (!have_all_[view]) {
+    all_[view].resize(keys_);
+    views_[view].scores(nullptr, 0, keys_, all_[view].data());
+    have_all_[view] = true;
+  }
+  const auto& value = all_[view];
+  const auto [low, high] = std::minmax_element(value.begin(), value.end());
+  if (*low == *high) return 0;  // whatever their mean rounds to
+  // Eight running sums: enough that the last bits of sigma stay far below bfloat16's.
+  double sum[8] = {}, squares[8] = {};
+  for (int64_t k = 0; k < keys_; ++k) sum[k % 8] += value[k];
+  double mean = 0;
+  for (const double part : sum) mean += part;
+  mean /= static_cast<double>(keys_);
+  for (int64_t k = 0; k < keys_; ++k) squares[k % 8] += (value[k] - mean) * (value[k] - mean);
+  double total = 0;
+  for (const double part : squares) total += part;
+  return std::sqrt(total / static_cast<double>(keys_));
+}
+
+void ExactCascade::rank(std::span<const int64_t> keys, std::span<const double> value, double* out) {
+  std::vector<std::pair<Ranked, int64_t>> order(keys.size());
+  for (size_t i = 0; i < keys.size(); ++i) order[i] = {{value[i], keys[i]}, static_cast<int64_t>(i)};
+  std::sort(order.begin(), order.end(), [](const auto& a, const auto& b) { return before(a.first, b.first); });
+  for (size_t i = 0; i < order.size(); ++i) out[order[i].second] = 1 / (rrf_offset + static_cast<double>(i + 1));
+}
+
+void ExactCascade::fuse(const Stage& stage, std::span<const int64_t> keys, double* out) {
+  column_.resize(keys.size());
+  for (size_t number = 0; number < stage.views.size(); ++number) {
+    const int32_t view = stage.views[number];
+    column(view, keys, column_.data());
+    if (stage.fusion == Fusion::zsum) {
+      const double weight = zsum_weight(deviation(view));
+      for (double& value : column_) value *= weight;
+    }
+    if (stage.fusion == Fusion::rrf) rank(keys, std::vector<double>(column_), column_.data());
+    for (size_t i = 0; i < keys.size(); ++i) {
+      if (number == 0)
+        out[i] = column_[i];
+      else if (stage.fusion == Fusion::min)
+        out[i] = std::min(out[i], column_[i]);
+      else if (stage.fusion == Fusion::max)
+        out[i] = std::max(out[i], column_[i]);
+      else
+        out[i] += column_[i];
+    }
+  }
+}
+
+void ExactCascade::run(std::span<const uint8_t> excluded, std::vector<int64_t>& alive, size_t from, int64_t row,
+                       const Answer& answer) {
+  std::fill(have_all_.begin(), have_all_.end(), false);
+  const bool all_eligible = std::any_of(stages_.begin() + static_cast<int64_t>(from), stages_.end(),
+                                        [](const Stage& stage) { return stage.over_bank; });
+  if (from == 0 || all_eligible) {
+    eligible_.clear();
+    for (int64_t k = 0; k < keys_; ++k)
+      if (excluded.empty() || excluded[k] == 0) eligible_.push_back(k);
+  }
+  if (from == 0) alive = eligible_;
+  for (size_t number = from; number < stages_.size(); ++number) {
+    const Stage& stage = stages_[number];
+    const std::vector<int64_t>& pool = stage.over_bank ? eligible_ : alive;
+    fused_.resize(pool.size());
+    fuse(stage, pool, fused_.data());
+    ranked_.resize(pool.size());
+    for (size_t i = 0; i < pool.size(); ++i) ranked_[i] = {fused_[i], pool[i]};
+    const auto keep = std::min<size_t>(stage.keep, pool.size());
+    const bool last = number + 1 == stages_.size();
+    const auto end = ranked_.begin() + static_cast<int64_t>(keep);
+    if (keep < pool.size()) std::nth_element(ranked_.begin(), end, ranked_.end(), before);
+    ranked_.resize(keep);
+    if (last || !answer.kept.empty()) std::sort(ranked_.begin(), ranked_.end(), before);
+    if (stage.over_bank) {
+      member_.resize(keys_);
+      std::fill(member_.begin(), member_.end(), uint8_t{0});
+      for (const int64_t key : alive) member_[key] = 1;
+      std::erase_if(ranked_, [this](const Ranked& each) { return member_[each.key] == 0; });
+    }
+    alive.resize(ranked_.size());
+    std::transform(ranked_.begin(), ranked_.end(), alive.begin(), [](const Ranked& each) { return each.key; });
+    if (!answer.kept.empty()) {
+      int64_t* kept = answer.kept[number] + row * stage.keep;
+      std::fill(std::copy(alive.begin(), alive.end(), kept), kept + stage.keep, int64_t{-1});
+    }
+  }
+  const int64_t k = stages_.back().keep;
+  for (int64_t i = 0; i < k; ++i) {
+    const bool there = i < static_cast<int64_t>(alive.size());
+    answer.index[row * k + i] = there ? alive[i] : -1;
+    answer.similarity[row * k + i] =
+        there ? static_cast<float>(ranked_[i].score) : -std::numeric_limits<float>::infinity();
+  }
+}
+
+}  // namespace cascade::cpu

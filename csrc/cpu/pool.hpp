@@ -1,0 +1,25 @@
+// A persistent pool of threads: a call costs a wake-up, not a thread's birth.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+
+namespace cascade::cpu {
+
+// How a long call is shared and stopped.
+struct Control {
+  int threads = 1;
+  bool (*interrupted)() = nullptr;  // asked now and then, from the calling thread only
+};
+
+// Raised in the calling thread once `Control::interrupted` has said yes; outputs are then undefined.
+struct Interrupted {};
+
+// Runs `work(part, parts)` for every part, part 0 on the calling thread. While another call holds the pool, all parts
+// run on the calling thread, which is never slower than waiting. Exceptions of a part reach the caller.
+void run_parts(int parts, const Control& control, const std::function<void(int part, int parts)>& work);
+
+// Whether the call under way should stop. Cheap; to be asked between tiles. Reads the clock on the calling thread.
+bool should_stop();
+
+}  // namespace cascade::cpu

@@ -1,0 +1,209 @@
+"""oracle -> reference -> cpu: equal indices and similarities, no row left out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import oracle
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from inputs import CORE, DTYPES, FAMILIES
+
+import cascade_engine as ce
+from cascade_engine import kernels
+from cascade_engine.errors import BackendUnavailable
+
+_cpu = pytest.importorskip("cascade_engine._cpu", reason="the wheel was built without a C++ compiler")
+ISAS = [name for name, runs in _cpu.isas() if runs]
+VIEWS = ("a", "b", "c")
+FEW = settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+
+
+@contextmanager
+def isa(name: str) -> Iterator[None]:
+    """CASCADE_ISA set to `name`."""
+    before = os.environ.get("CASCADE_ISA")
+    os.environ["CASCADE_ISA"] = name
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["CASCADE_ISA"]
+        else:
+            os.environ["CASCADE_ISA"] = before
+
+
+def oracle_stages(plan: ce.CascadePlan, keys: int) -> list[oracle.Stage]:
+    counts = plan.counts(keys)
+    return [
+        (stage.score.fusion, stage.score.views, count, stage.over_bank)
+        for stage, count in zip(plan.stages, counts, strict=True)
+    ]
+
+
+def assert_same(found: ce.Positives, index: np.ndarray, similarity: np.ndarray, kept: list[np.ndarray]) -> None:
+    np.testing.assert_array_equal(found.index, index)
+    np.testing.assert_array_equal(found.similarity, similarity)
+    assert found.kept is not None
+    for mine, want in zip(found.kept, kept, strict=True):
+        np.testing.assert_array_equal(mine, want)
+
+
+@st.composite
+def plans(draw: st.DrawFn, fusions: tuple[str, ...] = ("sum", "min", "max", "rrf", "zsum")) -> str:
+    """Plan texts over the views a, b, c."""
+    stages, last_count = [], 10**6
+    for _ in range(draw(st.integers(1, 5))):
+        views = draw(st.permutations(VIEWS))
+        fusion = draw(st.sampled_from((None, None, *fusions)))
+        score = views[0] if fusion is None else f"{fusion}({','.join(views[: draw(st.integers(2, 3))])})"
+        kind = draw(st.sampled_from(("count", "share", "previous")))
+        if kind == "count":
+            last_count = min(last_count, draw(st.integers(1, 60)))
+            keep = str(last_count)
+        else:
+            keep = f"{'prev' if kind == 'previous' else ''}{draw(st.sampled_from((3, 12.5, 29, 50, 100)))}%"
+        stages.append(f"{score}:{keep}{draw(st.sampled_from(('', '', '', '@bank')))}")
+    return ",".join(stages)
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> tuple[np.random.Generator, str, int, int, dict[str, int], str, str, str]:
+    """rng, plan, B, K, dims, dtype, metric, exclusion."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    dims = {view: draw(st.sampled_from((1, 2, 7, 8, 16, 19, 33))) for view in VIEWS}
+    return (
+        rng,
+        draw(plans()),
+        draw(st.sampled_from((0, 1, 2, 3))),
+        draw(st.sampled_from((0, 1, 2, 5, 31, 64, 97))),
+        dims,
+        draw(st.sampled_from(tuple(DTYPES))),
+        draw(st.sampled_from(("ip", "cosine", "l2"))),
+        draw(st.sampled_from(("none", "video", "mask", "nearly all"))),
+    )
+
+
+def exclusion(rng: np.random.Generator, kind: str, b: int, k: int) -> tuple[np.ndarray, object, np.ndarray]:
+    """The keys' video ids, the `exclude` argument, and the mask it means."""
+    video, query_video = rng.integers(0, max(1, k // 4), k), rng.integers(0, max(1, k // 4), b)
+    if kind == "video":
+        return video, query_video, query_video[:, None] == video[None]
+    if kind in ("mask", "nearly all"):
+        mask = rng.random((b, k)) < (0.5 if kind == "mask" else 0.97)
+        return video, mask, mask
+    return video, None, np.zeros((b, k), bool)
+
+
+@pytest.mark.parametrize("family", CORE)
+@FEW
+@given(problem=problems())
+def test_reference_and_every_isa_equal_the_oracle(family, problem):
+    rng, text, b, k, dims, dtype, metric, kind = problem
+    plan, make = ce.CascadePlan.parse(text), FAMILIES[family]
+    both = {view: make(rng, k + b, dim).astype(DTYPES[dtype]) for view, dim in dims.items()}
+    keys, queries = {v: x[:k] for v, x in both.items()}, {v: x[k:] for v, x in both.items()}
+    video, exclude, mask = exclusion(rng, kind, b, k)
+    want = oracle.mine(oracle_stages(plan, k), queries, keys, mask, metric)
+    found = ce.mine(plan, queries, ce.Bank(keys, video, metric=metric), exclude, trace=True, backend="reference")
+    assert_same(found, *want)
+    for name in ISAS:
+        with isa(name):
+            found = ce.mine(plan, queries, ce.Bank(keys, video, metric=metric), exclude, trace=True, backend="cpu")
+            assert_same(found, *want)
+            found = ce.mine(plan, queries, ce.Bank(keys, video, metric=metric), exclude, backend="cpu")
+            np.testing.assert_array_equal(found.index, want[0])
+            np.testing.assert_array_equal(found.similarity, want[1])
+
+
+@FEW
+@given(problem=problems(), single=st.booleans())
+def test_select_equals_the_oracle(problem, single):
+    rng, text, b, k, _, _, _, kind = problem
+    plan = ce.CascadePlan.parse(text)
+    _, _, mask = exclusion(rng, "mask" if kind == "video" else kind, b, k)
+    dtype = np.float32 if single else np.float64
+    scores = {view: rng.integers(-4, 5, (b, k)).astype(dtype) / dtype(3) for view in VIEWS}
+    rows = [{view: list(map(float, scores[view][row])) for view in VIEWS} for row in range(b)]
+    want = oracle.select(oracle_stages(plan, k), rows, mask)
+    for backend in ("reference", "cpu"):
+        assert_same(ce.select(plan, scores, mask, trace=True, backend=backend), *want)
+
+
+def test_near_ties_defeat_single_precision():
+    rng = np.random.default_rng(3)
+    keys, queries = FAMILIES["near_tie"](rng, 400, 64), FAMILIES["separated"](rng, 50, 64)
+    wide = [[oracle.dot(list(map(float, q)), list(map(float, x))) for x in keys] for q in queries]
+    exact = np.lexsort((np.broadcast_to(np.arange(400), (50, 400)), -np.array(wide)))
+    gaps = -np.diff(-np.sort(-np.array(wide), axis=1), axis=1)
+    assert (np.min(gaps, axis=1) < 1e-8).all(), "the family has lost its near ties"
+    single = np.argsort(-(queries @ keys.T), axis=1, kind="stable")
+    assert (single[:, :50] != exact[:, :50]).any(axis=1).mean() > 0.5, "a float32 ranking would pass"
+    for backend in ("reference", "cpu"):
+        found = ce.mine(ce.CascadePlan.parse("a:50"), {"a": queries}, ce.Bank({"a": keys}), backend=backend)
+        np.testing.assert_array_equal(found.index, exact[:, :50])
+
+
+@pytest.mark.parametrize(
+    "preset", ["coclr", "cpr", "cpr-paper", "patent", "mvcgc", "cma", "sum", "zsum", "rrf", "nnclr"]
+)
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_every_preset_equals_the_reference(preset, family):
+    rng = np.random.default_rng(5)
+    plan = ce.CascadePlan.preset(preset, oracle="a", trainee="b")
+    both = {view: FAMILIES[family](rng, 2100, dim) for view, dim in (("a", 48), ("b", 33))}
+    keys, queries = {v: x[:2089] for v, x in both.items()}, {v: x[2089:] for v, x in both.items()}
+    video = rng.integers(0, 60, 2089)
+    bank, exclude = ce.Bank(keys, video), rng.integers(0, 60, 11)
+    want = ce.mine(plan, queries, bank, exclude, backend="reference")
+    for name in ISAS:
+        with isa(name):
+            found = ce.mine(plan, queries, bank, exclude, backend="cpu")
+            np.testing.assert_array_equal(found.index, want.index)
+            np.testing.assert_array_equal(found.similarity, want.similarity)
+
+
+def test_an_unknown_or_missing_isa_is_refused():
+    bank, plan = ce.Bank({"a": np.ones((3, 2), np.float32)}), ce.CascadePlan.parse("a:1")
+    with isa("mmx"), pytest.raises(BackendUnavailable, match="CASCADE_ISA=mmx: expected one of"):
+        ce.mine(plan, {"a": np.ones((1, 2), np.float32)}, bank)
+    for name, runs in _cpu.isas():
+        if not runs:
+            with isa(name), pytest.raises(BackendUnavailable, match="this machine lacks"):
+                ce.mine(plan, {"a": np.ones((1, 2), np.float32)}, bank)
+
+
+def test_arrays_come_in_as_they_are():
+    rng = np.random.default_rng(7)
+    keys, queries = FAMILIES["separated"](rng, 200, 24), FAMILIES["separated"](rng, 9, 24)
+    want = ce.mine(ce.CascadePlan.parse("a:7"), {"a": queries}, ce.Bank({"a": keys}), backend="reference").index
+    frozen = keys.copy()
+    frozen.flags.writeable = False
+    wide = np.zeros((200, 50), np.float32)
+    wide[:, :24] = keys
+    layouts = (frozen, wide[:, :24], np.asfortranarray(keys), np.repeat(keys, 2, 0)[::2], keys[::-1][::-1])
+    for layout in layouts:
+        found = ce.mine(ce.CascadePlan.parse("a:7"), {"a": queries[::-1]}, ce.Bank({"a": layout}), backend="cpu")
+        np.testing.assert_array_equal(found.index, want[::-1])
+
+
+def test_denormals_count_whatever_the_caller_set():
+    torch = pytest.importorskip("torch")
+    keys = np.array([[1e-42], [2e-42], [3e-42]], np.float32)
+    torch.set_flush_denormal(True)
+    try:
+        found = ce.mine(
+            ce.CascadePlan.parse("a:3"), {"a": np.ones((1, 1), np.float32)}, ce.Bank({"a": keys}), backend="cpu"
+        )
+    finally:
+        torch.set_flush_denormal(False)
+    assert found.index.tolist() == [[2, 1, 0]]
+
+
+def test_named_backends():
+    assert kernels.backend("cpu").unavailable() is None
+    assert "threads" in kernels.backend("cpu").detail()
