@@ -17,10 +17,13 @@ from cascade_engine.tensor import (
     feature_matrix,
     id_vector,
     is_torch,
+    like,
     require_finite,
     to_host,
 )
 from cascade_engine.tracing import phase
+
+_COLUMNS = ("video_id", "clip_id", "label")
 
 
 class KeyQueue:
@@ -53,6 +56,8 @@ class KeyQueue:
     ) -> None:
         if size < 1 or not dims or min(dims.values()) < 1:
             raise InvalidInput(f"queue: expected a size and widths of at least 1, got size={size}, dims={dict(dims)}")
+        if set(dims) & set(_COLUMNS):
+            raise InvalidInput(f"dims: expected view names other than {', '.join(_COLUMNS)}, got {', '.join(dims)}")
         if dtype not in FEATURE_DTYPES:
             raise InvalidInput(f"dtype: expected one of {', '.join(FEATURE_DTYPES)}, got {dtype!r}")
         self.size, self.dims, self.dtype, self.metric = size, dict(dims), dtype, metric
@@ -79,25 +84,26 @@ class KeyQueue:
             label: (n,) integer labels for metrics; -1 where not given.
 
         Raises:
-            InvalidInput: views, shapes or types that do not fit, NaN or infinity. Nothing is changed then.
+            InvalidInput: views, shapes or types that do not fit, NaN, infinity, or what the queue's type rounds to
+                infinity. Nothing is changed then.
         """
-        rows = self._check(keys)
-        columns = {
-            "video_id": _column(video_id, "video_id", rows),
-            "clip_id": _column(clip_id, "clip_id", rows),
-            "label": _column(label, "label", rows),
-        }
         with phase("push"):
-            self._write(keys, columns, rows)
+            rows = self._check(keys)
+            missing = np.full(rows, -1, np.int64)
+            columns = {
+                "video_id": _column(video_id, "video_id", rows),
+                "clip_id": missing if clip_id is None else _column(clip_id, "clip_id", rows),
+                "label": missing if label is None else _column(label, "label", rows),
+            }
+            storage = self._storage or self._allocated(next(iter(keys.values())))
+            batch = {name: _assignable(value, storage[name], name) for name, value in (*keys.items(), *columns.items())}
+            self._storage = storage
+            self._write(batch, rows)
 
-    def _write(self, keys: Mapping[str, Array], columns: Mapping[str, Any], rows: int) -> None:
-        if not self._storage:
-            self._allocate(next(iter(keys.values())))
-        for slots, batch in self._pieces(rows):
-            for view, value in keys.items():
-                self._storage[view][slots] = _assignable(value[batch], self._storage[view])
-            for name, column in columns.items():
-                self._storage[name][slots] = _assignable(column[batch], self._storage[name])
+    def _write(self, batch: Mapping[str, Any], rows: int) -> None:
+        for slots, taken in self._pieces(rows):
+            for name, values in batch.items():
+                self._storage[name][slots] = values[taken]
         self.pushed += rows
         if self.filled + rows > self.size:
             self._overwritten_at = self.pushed
@@ -116,15 +122,14 @@ class KeyQueue:
 
     def bank(self) -> Bank:
         """The filled slots as a bank that shares their memory, valid until a later push reuses one of them."""
-        if not self._storage:
-            self._allocate(None)
-        seen = self.pushed
+        storage = self._storage or self._allocated(None)
+        seen, shows = self.pushed, self.filled
 
         def guard() -> None:
-            if self._overwritten_at > seen:
+            if shows and self._overwritten_at > seen:
                 raise StaleBank("bank: the queue has overwritten keys of this snapshot; take queue.bank() again")
 
-        shown = {name: values[: self.filled] for name, values in self._storage.items()}
+        shown = {name: values[: self.filled] for name, values in storage.items()}
         return Bank(
             {view: shown[view] for view in self.dims},
             shown["video_id"],
@@ -154,16 +159,21 @@ class KeyQueue:
         """Continue where `state_dict` was taken; earlier snapshots become stale.
 
         Raises:
-            InvalidInput: the state is of a queue of another size, type or views.
+            InvalidInput: the state is of a queue of another size, type or views, or incomplete; nothing changes then.
         """
         for name, mine in (("size", self.size), ("dims", self.dims), ("dtype", self.dtype)):
-            if state[name] != mine:
-                raise InvalidInput(f"state: expected {name} {mine}, got {state[name]}")
-        if state["storage"]:
-            if not self._storage:
-                self._allocate(next(iter(state["storage"].values())))
-            for name, values in state["storage"].items():
-                self._storage[name][:] = _assignable(values, self._storage[name])
+            if state.get(name) != mine:
+                raise InvalidInput(f"state: expected {name} {mine}, got {state.get(name)}")
+        saved: Mapping[str, Any] = state.get("storage", {})
+        if saved or state.get("filled"):
+            storage = self._storage or self._allocated(next(iter(saved.values()), None))
+            for name, values in storage.items():
+                if name not in saved or tuple(saved[name].shape) != tuple(values.shape):
+                    got = tuple(saved[name].shape) if name in saved else "nothing"
+                    raise InvalidInput(f'state["storage"]: expected {tuple(values.shape)} of {name!r}, got {got}')
+            for name, values in storage.items():
+                values[:] = _assignable(saved[name], values, name)
+            self._storage = storage
         self.filled, self.cursor = state["filled"], state["cursor"]
         self.pushed = max(self.pushed, state["pushed"]) + 1
         self._overwritten_at = self.pushed
@@ -186,24 +196,25 @@ class KeyQueue:
             rows = len(value)
         return rows or 0
 
-    def _allocate(self, template: object) -> None:
+    def _allocated(self, template: object) -> dict[str, Any]:
+        """Empty storage: tensors where the queue has a device or `template` is a tensor, else NumPy arrays."""
         shapes = {view: (self.size, width) for view, width in self.dims.items()}
-        columns = ("video_id", "clip_id", "label")
         if self._device is not None or is_torch(template):
             import torch
 
             device: Any = self._device if self._device is not None else getattr(template, "device", None)
             kind: Any = getattr(torch, self.dtype)
-            self._storage = {view: torch.zeros(shape, dtype=kind, device=device) for view, shape in shapes.items()}
-            self._storage |= {name: torch.full((self.size,), -1, device=device) for name in columns}
-        else:
-            self._storage = {view: np.zeros(shape, FEATURE_DTYPES[self.dtype]) for view, shape in shapes.items()}
-            self._storage |= {name: np.full(self.size, -1, np.int64) for name in columns}
+            return {
+                **{view: torch.zeros(shape, dtype=kind, device=device) for view, shape in shapes.items()},
+                **{name: torch.full((self.size,), -1, device=device) for name in _COLUMNS},
+            }
+        return {
+            **{view: np.zeros(shape, FEATURE_DTYPES[self.dtype]) for view, shape in shapes.items()},
+            **{name: np.full(self.size, -1, np.int64) for name in _COLUMNS},
+        }
 
 
 def _column(value: object, name: str, rows: int) -> Any:
-    if value is None:
-        return np.full(rows, -1, np.int64)
     if is_torch(value) and value.device.type != "cpu":
         if value.ndim != 1 or len(value) != rows:
             raise InvalidInput(f"{name}: expected ({rows},) integers, got {tuple(value.shape)} {dtype_name(value)}")
@@ -211,10 +222,16 @@ def _column(value: object, name: str, rows: int) -> Any:
     return id_vector(value, name, rows)
 
 
-def _assignable(value: Any, target: Any) -> Any:
-    """`value` in the framework of `target`, so that a slice of it can be assigned."""
-    if is_torch(target):
-        import torch
-
-        return value.detach().to(target.device, target.dtype) if is_torch(value) else torch.from_numpy(np.array(value))
-    return to_host(value, "keys").astype(target.dtype, copy=False)
+def _assignable(value: Any, target: Any, name: str) -> Any:
+    """`value` in the framework and type of `target`, refused where a feature is too large for that type."""
+    if not is_torch(target):
+        with np.errstate(over="ignore"):
+            host = to_host(value, name).astype(target.dtype, copy=False)
+        if host.ndim == 2 and dtype_name(host) != dtype_name(value):
+            require_finite(host, f'keys["{name}"] as {dtype_name(target)}')
+        return host
+    given = value.detach() if is_torch(value) else like(np.array(to_host(value, name)), target)
+    cast = given.to(target.device, target.dtype)
+    if cast.ndim == 2 and cast.device.type == "cpu" and cast.dtype != given.dtype:
+        require_finite(to_host(cast, name), f'keys["{name}"] as {dtype_name(target)}')
+    return cast

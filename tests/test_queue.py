@@ -1,0 +1,200 @@
+"""The key queue against a model: a list that keeps the newest keys."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+import cascade_engine as ce
+from cascade_engine.errors import InvalidInput, StaleBank
+
+DIMS = {"rgb": 3, "flow": 2}
+NUMPY = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+FRAMEWORKS = ("numpy", "torch")
+
+
+def rows(numbers, width, dtype, framework):
+    """Features that say which key they belong to, exact in every type."""
+    x = np.stack([np.asarray(numbers) % 128 + 0.0, np.asarray(numbers) // 128 + 0.0, np.full(len(numbers), 0.5)], 1)
+    x = x.reshape(len(numbers), 3)[:, :width]
+    if framework == "torch":
+        return torch.tensor(x, dtype=getattr(torch, dtype))
+    return x.astype(NUMPY[dtype])
+
+
+def number_of(matrix):
+    x = np.asarray(torch.as_tensor(matrix).float() if isinstance(matrix, torch.Tensor) else matrix, np.float64)
+    return (x[:, 0] + 128 * x[:, 1]).astype(int).tolist()
+
+
+class QueueMachine(RuleBasedStateMachine):
+    """Slots, order and staleness follow from the numbers of the keys pushed."""
+
+    @initialize(size=st.integers(1, 12), dtype=st.sampled_from(sorted(NUMPY)), device=st.sampled_from([None, "cpu"]))
+    def start(self, size, dtype, device):
+        self.size, self.dtype, self.device = size, dtype, device
+        self.queue = ce.KeyQueue(size, DIMS, dtype=dtype, device=device)
+        self.total = 0
+        self.slots = {}  # slot -> number of the key in it
+        self.snapshots = []  # (bank, slot -> number when it was taken, made before a state was loaded)
+
+    @rule(count=st.integers(0, 30), kind=st.sampled_from(sorted(NUMPY)), framework=st.sampled_from(FRAMEWORKS))
+    def push(self, count, kind, framework):
+        numbers = list(range(self.total, self.total + count))
+        ids = np.array(numbers, np.int64) * 10
+        self.queue.push(
+            {view: rows(numbers, width, kind, framework) for view, width in DIMS.items()},
+            torch.from_numpy(ids) if framework == "torch" else ids,
+            clip_id=ids + 1,
+        )
+        self.total += count
+        for number in numbers:
+            self.slots[number % self.size] = number
+
+    @rule(bad=st.sampled_from(["nan", "views", "width", "rows", "ids", "type"]))
+    def refuse(self, bad):
+        good = {view: rows([1, 2], width, "float32", "numpy") for view, width in DIMS.items()}
+        ids = [1, 2]
+        if bad == "nan":
+            good["flow"][1, 0] = np.nan
+        elif bad == "views":
+            del good["flow"]
+        elif bad == "width":
+            good["flow"] = good["flow"][:, :1]
+        elif bad == "rows":
+            good["flow"] = good["flow"][:1]
+        elif bad == "ids":
+            ids = [1]
+        else:
+            good["flow"] = good["flow"].astype(np.float64)
+        with pytest.raises(InvalidInput):
+            self.queue.push(good, ids)
+
+    @rule()
+    def snapshot(self):
+        self.snapshots.append((self.queue.bank(), dict(self.slots)))
+
+    @rule(framework=st.sampled_from(FRAMEWORKS), same=st.booleans())
+    def round_trip(self, framework, same):
+        state = self.queue.state_dict()
+        if same:
+            self.snapshots = [(bank, None if taken else taken) for bank, taken in self.snapshots]
+        else:
+            self.queue = ce.KeyQueue(self.size, DIMS, dtype=self.dtype, device="cpu" if framework == "torch" else None)
+            self.queue.push({v: rows([7], w, "float32", framework) for v, w in DIMS.items()}, [70])
+            self.snapshots = []
+        self.queue.load_state_dict(state)
+
+    @invariant()
+    def shows_the_newest(self):
+        bank = self.queue.bank()
+        expected = [self.slots[slot] for slot in range(len(self.slots))]
+        assert sorted(expected) == list(range(max(0, self.total - self.size), self.total))
+        assert len(bank) == len(expected) == self.queue.filled
+        assert number_of(bank.keys["rgb"]) == expected
+        assert number_of(bank.keys["flow"]) == expected
+        assert np.asarray(bank.video_id).tolist() == [10 * number for number in expected]
+        assert np.asarray(bank.clip_id).tolist() == [10 * number + 1 for number in expected]
+        assert np.asarray(bank.label).tolist() == [-1] * len(expected)
+
+    @precondition(lambda self: self.snapshots)
+    @invariant()
+    def snapshots_are_stale_exactly_when_overwritten(self):
+        for bank, taken in self.snapshots:
+            overwritten = taken is None or any(self.slots[slot] != number for slot, number in taken.items())
+            if overwritten:
+                with pytest.raises(StaleBank):
+                    bank.ensure_fresh()
+            else:
+                bank.ensure_fresh()
+                assert number_of(bank.keys["rgb"]) == [taken[slot] for slot in range(len(taken))]
+
+
+QueueMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=25, deadline=None)
+TestQueue = QueueMachine.TestCase
+
+
+def one(**changes):
+    return {view: np.ones((2, width), np.float32) for view, width in DIMS.items()} | changes
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_what_rounds_to_infinity_is_refused_and_nothing_changes(framework):
+    queue = ce.KeyQueue(4, DIMS, dtype="float16", device="cpu" if framework == "torch" else None)
+    queue.push(one(), [1, 2])
+    large = np.ones((2, 2), np.float32)
+    large[1, 0] = 1e6
+    with pytest.raises(InvalidInput, match=r'keys\["flow"\] as float16.*row 1'):
+        queue.push(one(flow=torch.from_numpy(large) if framework == "torch" else large), [3, 4])
+    assert queue.filled == 2
+    assert np.asarray(queue.bank().video_id).tolist() == [1, 2]
+
+
+def test_a_stale_bank_refuses_to_be_mined():
+    queue = ce.KeyQueue(2, DIMS)
+    queue.push(one(), [1, 2])
+    bank = queue.bank()
+    queue.push(one(), [3, 4])
+    with pytest.raises(StaleBank, match=r"queue.bank\(\)"):
+        ce.mine(ce.CascadePlan.parse("rgb:1"), {"rgb": np.ones((1, 3), np.float32)}, bank)
+
+
+def test_a_bank_taken_before_the_first_push_does_not_decide_the_framework():
+    queue = ce.KeyQueue(4, DIMS)
+    assert len(queue.bank()) == 0
+    queue.push({view: torch.ones(2, width) for view, width in DIMS.items()}, torch.tensor([1, 2]))
+    assert isinstance(queue.bank().keys["rgb"], torch.Tensor)
+
+
+def test_gradients_do_not_enter_the_queue():
+    queue = ce.KeyQueue(4, {"rgb": 3})
+    queue.push({"rgb": torch.ones(2, 3, requires_grad=True)}, [1, 2])
+    assert not queue.bank().keys["rgb"].requires_grad
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"size": 0, "dims": DIMS}, "size and widths of at least 1"),
+        ({"size": 3, "dims": {}}, "size and widths of at least 1"),
+        ({"size": 3, "dims": {"rgb": 0}}, "size and widths of at least 1"),
+        ({"size": 3, "dims": DIMS, "dtype": "float64"}, "dtype: expected one of"),
+        ({"size": 3, "dims": {"label": 4}}, "view names other than"),
+    ],
+)
+def test_bad_queues_are_refused(arguments, message):
+    with pytest.raises(InvalidInput, match=message):
+        ce.KeyQueue(**arguments)
+
+
+@pytest.mark.parametrize(
+    "change", [{"size": 5}, {"dims": {"rgb": 3}}, {"dtype": "float16"}, {"storage": {}}, {"storage": None}]
+)
+def test_a_state_of_another_queue_is_refused_and_nothing_changes(change):
+    queue = ce.KeyQueue(4, DIMS)
+    queue.push(one(), [1, 2])
+    state = queue.state_dict() | change
+    if state["storage"] is None:
+        state["storage"] = {"rgb": np.zeros((4, 3), np.float32), "flow": np.zeros((9, 2), np.float32)}
+    other = ce.KeyQueue(4, DIMS)
+    with pytest.raises(InvalidInput, match="expected"):
+        other.load_state_dict(state)
+    assert len(other.bank()) == 0
+
+
+def test_a_push_without_video_ids_is_refused():
+    with pytest.raises(InvalidInput, match="video_id"):
+        ce.KeyQueue(4, DIMS).push(one(), None)
+
+
+def test_a_large_ring_of_many_batches():
+    queue = ce.KeyQueue(1000, {"rgb": 3})
+    for start in range(0, 5000, 37):
+        numbers = list(range(start, start + 37))
+        queue.push({"rgb": rows(numbers, 3, "float32", "numpy")}, numbers)
+    newest = set(range(queue.pushed - 1000, queue.pushed))
+    assert set(np.asarray(queue.bank().video_id).tolist()) == newest
+    assert set(number_of(queue.bank().keys["rgb"])) == newest
