@@ -1,25 +1,194 @@
-"""The CUDA backend, bound in `cascade_engine._cuda`."""
+"""The CUDA backend, bound in `cascade_engine._cuda`: torch CUDA tensors in and out, on torch's current stream.
+
+Nothing here waits for the GPU, and all memory comes from torch's caching allocator, so calls can be captured in a CUDA
+graph.
+"""
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from functools import cache
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from cascade_engine.bank import METRICS
+from cascade_engine.errors import BackendUnavailable, CudaError
 from cascade_engine.kernels import MineRequest, Selection, SelectRequest
+from cascade_engine.plan import FUSIONS, CascadePlan
+from cascade_engine.tensor import dtype_name
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from contextlib import AbstractContextManager
+
+WORKSPACE_LIMIT = 1 << 30  # bytes; queries go in waves where one launch would need more
+_DTYPES = ("float32", "float16", "bfloat16", "float64")
 
 
 def unavailable() -> str | None:
-    """Why it cannot run here: the extension was not built."""
-    return "this installation was built without CUDA"
+    """Why it cannot run here: built without CUDA, no driver, no device, a torch without CUDA."""
+    try:
+        native = _native()
+    except ImportError as error:
+        missing = isinstance(error, ModuleNotFoundError)
+        return "this installation was built without CUDA" if missing else f"cascade_engine._cuda: {error}"
+    reason = str(native.unavailable())
+    if reason:
+        return reason
+    import torch
+
+    return None if torch.cuda.is_available() else f"torch {torch.__version__} cannot use CUDA here"
 
 
 def detail() -> str:
     """The devices found."""
-    raise NotImplementedError
+    return ", ".join(_native().devices())
 
 
 def mine(request: MineRequest) -> Selection:
     """Rank and select on the GPU."""
-    raise NotImplementedError
+    return Engine(_native()).mine(request)
 
 
 def select(request: SelectRequest) -> Selection:
     """Select on the GPU."""
-    raise NotImplementedError
+    return Engine(_native()).select(request)
+
+
+@cache
+def _native() -> Any:
+    return import_module("cascade_engine._cuda")
+
+
+class Engine:
+    """Requests as calls of the native module: `cascade_engine._cuda`, or its emulation in the tests."""
+
+    def __init__(self, native: Any, *, workspace_limit: int = WORKSPACE_LIMIT) -> None:
+        self.native, self.workspace_limit = native, workspace_limit
+
+    def mine(self, request: MineRequest) -> Selection:
+        """Rank the bank's keys and select.
+
+        Raises:
+            BackendUnavailable: the plan has more views or stages than a launch can carry; nothing was launched.
+            CudaError: a launch failed.
+        """
+        bank, views = request.bank, request.plan.views
+        queries = [_rows(request.queries[view]) for view in views]
+        keys = [_rows(bank.keys[view]) for view in views]
+        stages = self._stages(request.plan, request.counts)
+        out = _Answer(queries[0], request.counts, trace=request.trace)
+        video = request.exclude.video_id
+        query_video = None if video is None else video.to(queries[0].device).long().contiguous()
+        key_video = None if query_video is None or bank.video_id is None else bank.video_id.contiguous()
+        mask = None if request.exclude.mask is None else request.exclude.mask.contiguous()
+        if out.empty:
+            return out.selection()
+        problem = self.native.Mine(
+            stages=stages,
+            queries=[_describe(each) for each in queries],
+            keys=[_describe(each) for each in keys],
+            metric=METRICS.index(bank.metric),
+            key_video=_address(key_video),
+            query_video=_address(query_video),
+            mask=_address(mask),
+            **out.addresses(),
+            workspace_limit=self.workspace_limit,
+        )
+        _run(problem, queries[0].device)
+        return out.selection()
+
+    def select(self, request: SelectRequest) -> Selection:
+        """Select from given similarities; raises as `mine` does."""
+        scores = [_rows(request.similarities[view]) for view in request.plan.views]
+        stages = self._stages(request.plan, request.counts)
+        out = _Answer(scores[0], request.counts, trace=request.trace)
+        mask = None if request.exclude.mask is None else request.exclude.mask.contiguous()
+        if out.empty:
+            return out.selection()
+        problem = self.native.Select(
+            stages=stages,
+            scores=[_describe(each) for each in scores],
+            mask=_address(mask),
+            **out.addresses(),
+            workspace_limit=self.workspace_limit,
+        )
+        _run(problem, scores[0].device)
+        return out.selection()
+
+    def _stages(self, plan: CascadePlan, counts: Sequence[int]) -> list[tuple[list[int], int, int, bool]]:
+        most_views, most_stages = self.native.MAX_VIEWS, self.native.MAX_STAGES
+        if len(plan.views) > most_views or len(plan.stages) > most_stages:
+            raise BackendUnavailable(
+                f"backend 'cuda' cannot run this plan: expected at most {most_views} views and {most_stages} stages, "
+                f"got {len(plan.views)} and {len(plan.stages)}"
+            )
+        return [
+            (
+                [plan.views.index(view) for view in stage.score.views],
+                0 if stage.score.fusion is None else 1 + FUSIONS.index(stage.score.fusion),
+                count,
+                stage.over_bank,
+            )
+            for stage, count in zip(plan.stages, counts, strict=True)
+        ]
+
+
+class _Answer:
+    """The tensors an answer is written to."""
+
+    def __init__(self, template: Any, counts: Sequence[int], *, trace: bool) -> None:
+        import torch
+
+        rows, device = len(template), template.device
+        self.empty = rows == 0 or counts[-1] == 0
+        self.index = torch.empty((rows, counts[-1]), dtype=torch.int64, device=device)
+        self.similarity = torch.empty((rows, counts[-1]), dtype=torch.float32, device=device)
+        sizes = counts if trace else ()
+        self.kept = tuple(torch.empty((rows, count), dtype=torch.int64, device=device) for count in sizes)
+        self.traced = trace
+
+    def addresses(self) -> dict[str, Any]:
+        return {
+            "index": _address(self.index),
+            "similarity": _address(self.similarity),
+            "kept": [_address(each) for each in self.kept],
+        }
+
+    def selection(self) -> Selection:
+        return Selection(index=self.index, similarity=self.similarity, kept=self.kept if self.traced else None)
+
+
+def _run(problem: Any, device: Any) -> None:
+    """Queue a problem's kernels on torch's current stream, with workspace from torch's allocator."""
+    import torch
+
+    with _on(device):
+        workspace = torch.empty(problem.workspace(), dtype=torch.uint8, device=device)
+        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+        try:
+            problem.run(_address(workspace), stream)
+        except RuntimeError as error:
+            raise CudaError(str(error)) from None
+
+
+def _on(device: Any) -> AbstractContextManager[Any]:
+    if device.type != "cuda":
+        return nullcontext()
+    import torch
+
+    return torch.cuda.device(device)
+
+
+def _rows(matrix: Any) -> Any:
+    """The matrix with contiguous rows."""
+    return matrix if matrix.shape[1] <= 1 or matrix.stride(1) == 1 else matrix.contiguous()
+
+
+def _describe(matrix: Any) -> tuple[int, int, int, int, int]:
+    rows, columns = matrix.shape
+    return matrix.data_ptr(), rows, columns, matrix.stride(0), _DTYPES.index(dtype_name(matrix))
+
+
+def _address(tensor: Any) -> int:
+    return 0 if tensor is None else int(tensor.data_ptr())

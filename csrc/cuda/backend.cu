@@ -1,0 +1,81 @@
+// Launches on the caller's stream: no hidden wait, no hidden allocation, an error check after each launch.
+#include <cuda_runtime.h>
+
+#include <source_location>
+
+#include "cuda/backend.hpp"
+#include "cuda/planning.hpp"
+
+namespace cascade::cuda {
+namespace {
+
+void check(cudaError_t error, const std::source_location& where) {
+  if (error != cudaSuccess) {
+    throw std::runtime_error(std::string(cudaGetErrorString(error)) + " (" + where.function_name() + ", line " +
+                             std::to_string(where.line()) + ")");
+  }
+}
+
+struct StreamLauncher {
+  cudaStream_t stream;
+
+  template <class... Parameters, class... Arguments>
+  void launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared_bytes,
+              const Arguments&... arguments) const {
+    constexpr size_t kWithoutAsking = 48 * 1024;
+    if (shared_bytes > kWithoutAsking) {
+      check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
+            std::source_location::current());
+    }
+    kernel<<<grid, static_cast<unsigned>(threads), shared_bytes, stream>>>(arguments...);
+    check(cudaGetLastError(), std::source_location::current());
+  }
+};
+
+StreamLauncher on(void* stream) { return {static_cast<cudaStream_t>(stream)}; }
+
+}  // namespace
+
+size_t mine_workspace(const MineProblem& problem) {
+  NoLaunch none;
+  return mine_exactly(none, problem, nullptr);
+}
+void mine(const MineProblem& problem, void* workspace, void* stream) {
+  auto launcher = on(stream);
+  mine_exactly(launcher, problem, workspace);
+}
+size_t select_workspace(const SelectProblem& problem) {
+  NoLaunch none;
+  return select_over(none, problem, nullptr);
+}
+void select(const SelectProblem& problem, void* workspace, void* stream) {
+  auto launcher = on(stream);
+  select_over(launcher, problem, workspace);
+}
+
+std::string unavailable() {
+  int count = 0;
+  const cudaError_t error = cudaGetDeviceCount(&count);
+  if (error == cudaErrorInsufficientDriver) {
+    return "no CUDA driver, or one older than this installation needs";
+  }
+  if (error != cudaSuccess || count == 0) {
+    return error != cudaSuccess ? cudaGetErrorString(error) : "no CUDA device";
+  }
+  return {};
+}
+
+std::vector<std::string> devices() {
+  std::vector<std::string> found;
+  int count = 0;
+  check(cudaGetDeviceCount(&count), std::source_location::current());
+  for (int device = 0; device < count; ++device) {
+    cudaDeviceProp properties{};
+    check(cudaGetDeviceProperties(&properties, device), std::source_location::current());
+    found.push_back(std::string(properties.name) + " (sm_" + std::to_string(properties.major) +
+                    std::to_string(properties.minor) + ")");
+  }
+  return found;
+}
+
+}  // namespace cascade::cuda

@@ -1,0 +1,145 @@
+// Grids, blocks, shared memory and workspace of every launch. A launcher does the launching: <<<>>> on a GPU, fibers
+// in the emulation, nothing at all to measure a workspace. So what is tested is the very arithmetic that launches.
+#pragma once
+
+#include <algorithm>
+#include <stdexcept>
+
+#include "cuda/backend.hpp"
+#include "cuda/cascade_exact.cuh"
+
+namespace cascade::cuda {
+
+// Hands out aligned pieces of one piece of memory, or only counts them.
+class Arena {
+ public:
+  explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
+
+  template <class T>
+  T* take(int64_t count) {
+    const size_t at = used_;
+    used_ = (used_ + static_cast<size_t>(count) * sizeof(T) + 255) / 256 * 256;
+    return base_ == nullptr ? nullptr : reinterpret_cast<T*>(base_ + at);
+  }
+  size_t used() const { return used_; }
+
+ private:
+  char* base_;
+  size_t used_ = 0;
+};
+
+struct NoLaunch {
+  template <class... Ignored>
+  void launch(const Ignored&...) const {}
+};
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+inline int64_t power_of_two(int64_t n) {
+  int64_t power = 1;
+  while (power < n) {
+    power *= 2;
+  }
+  return power;
+}
+
+inline bool fuses(const PlanArguments& plan) {
+  return std::any_of(plan.stages, plan.stages + plan.stage_count,
+                     [](const StageArguments& stage) { return stage.fusion != Fusion::none; });
+}
+
+inline bool ranks_bank_later(const PlanArguments& plan) {
+  return std::any_of(plan.stages + 1, plan.stages + plan.stage_count,
+                     [](const StageArguments& stage) { return stage.over_bank; });
+}
+
+// Entries that must be sorted at once: the answer's, a traced stage's, all keys where ranks are fused.
+inline int64_t sorted_entries(const PlanArguments& plan, const Answer& answer, int64_t keys) {
+  int64_t most = std::min(plan.stages[plan.stage_count - 1].keep, keys);
+  for (int s = 0; s < plan.stage_count; ++s) {
+    if (plan.stages[s].fusion == Fusion::rrf) {
+      return power_of_two(keys);
+    }
+    if (answer.kept[s] != nullptr) {
+      most = std::max(most, std::min(plan.stages[s].keep, keys));
+    }
+  }
+  return power_of_two(most);
+}
+
+inline ExactSpace take_exact_space(Arena& arena, const PlanArguments& plan, const Answer& answer, int64_t rows,
+                                   int64_t keys) {
+  ExactSpace space{};
+  space.pair_stride = sorted_entries(plan, answer, keys);
+  space.alive = arena.take<uint32_t>(rows * keys);
+  if (ranks_bank_later(plan)) {
+    space.eligible = arena.take<uint32_t>(rows * keys);
+    space.chosen = arena.take<uint32_t>(rows * keys);
+  }
+  if (fuses(plan)) {
+    space.fused = arena.take<double>(rows * keys);
+  }
+  space.pairs.key = arena.take<uint64_t>(rows * space.pair_stride);
+  space.pairs.id = arena.take<uint32_t>(rows * space.pair_stride);
+  return space;
+}
+
+// How many queries fit into the workspace at once, given what `measure(rows)` would take.
+template <class Measure>
+int64_t wave_rows(int64_t queries, int64_t limit, Measure measure) {
+  const auto one = static_cast<int64_t>(measure(1));
+  return std::clamp<int64_t>(limit / std::max<int64_t>(one, 1), 1, std::min<int64_t>(queries, 65536));
+}
+
+template <class Launcher>
+size_t select_over(Launcher& launcher, const SelectProblem& p, void* workspace) {
+  const auto measure = [&](int64_t rows) {
+    Arena arena(nullptr);
+    take_exact_space(arena, p.plan, p.answer, rows, p.keys);
+    return arena.used();
+  };
+  const int64_t wave = wave_rows(p.queries, p.workspace_limit, measure);
+  Arena arena(workspace);
+  const ExactSpace space = take_exact_space(arena, p.plan, p.answer, wave, p.keys);
+  ScoreViews scores{};
+  for (int v = 0; v < p.plan.view_count; ++v) {
+    scores.view[v] = {p.scores[v].data, p.scores[v].stride, p.scores[v].dtype == DType::float64};
+  }
+  for (int64_t first = 0; first < p.queries; first += wave) {
+    const auto rows = static_cast<unsigned>(std::min(wave, p.queries - first));
+    launcher.launch(cascade_over_scores, dim3(rows), kThreads, sizeof(CascadeShared), p.plan, scores, p.keys, p.exclude,
+                    first, int64_t{0}, space, p.answer);
+  }
+  return arena.used();
+}
+
+// Every plan, any width: float64 scores of a wave of queries in the workspace, then all stages.
+template <class Launcher>
+size_t mine_exactly(Launcher& launcher, const MineProblem& p, void* workspace) {
+  const auto take = [&](Arena& arena, int64_t rows) {
+    auto* scores = arena.take<double>(p.plan.view_count * rows * p.keys);
+    return std::pair(scores, take_exact_space(arena, p.plan, p.answer, rows, p.keys));
+  };
+  const int64_t wave = wave_rows(p.queries, p.workspace_limit, [&](int64_t rows) {
+    Arena arena(nullptr);
+    take(arena, rows);
+    return arena.used();
+  });
+  Arena arena(workspace);
+  const auto [scores, space] = take(arena, wave);
+  for (int64_t first = 0; first < p.queries; first += wave) {
+    const int64_t rows = std::min(wave, p.queries - first);
+    const dim3 grid(static_cast<unsigned>(ceil_div(p.keys, kExactKeys)),
+                    static_cast<unsigned>(ceil_div(rows, kExactQueries)), static_cast<unsigned>(p.plan.view_count));
+    launcher.launch(exact_scores, grid, kExactThreads, sizeof(ExactShared), p.views, p.metric, first, rows, scores);
+    ScoreViews views{};
+    for (int v = 0; v < p.plan.view_count; ++v) {
+      views.view[v] = {scores == nullptr ? nullptr : scores + v * rows * p.keys, p.keys, true};
+    }
+    launcher.launch(cascade_over_scores, dim3(static_cast<unsigned>(rows)), kThreads, sizeof(CascadeShared), p.plan,
+                    views, p.keys, p.exclude, first, first, space, p.answer);
+  }
+  return arena.used();
+}
+
+}  // namespace cascade::cuda

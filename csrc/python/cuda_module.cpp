@@ -1,0 +1,147 @@
+// cascade_engine._cuda: the CUDA backend for Python. Tensors come as (address, rows, columns, stride, dtype): only
+// torch's own reach this backend, whose lifetime and stream kernels/cuda.py looks after. No CUDA header is needed here,
+// so the same file binds the emulation.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "cuda/backend.hpp"
+
+#ifndef CASCADE_CUDA_MODULE
+#define CASCADE_CUDA_MODULE _cuda
+#endif
+
+namespace py = pybind11;
+
+namespace cascade::python {
+namespace {
+
+using Address = uintptr_t;
+using Tensor = std::tuple<Address, int64_t, int64_t, int64_t, int>;
+using StageTuple = std::tuple<std::vector<int>, int, int64_t, bool>;
+
+template <class T>
+T* pointer(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+Matrix matrix(const Tensor& tensor) {
+  const auto& [address, rows, columns, stride, dtype] = tensor;
+  return {pointer<const void>(address), rows, columns, stride, static_cast<DType>(dtype)};
+}
+
+cuda::PlanArguments plan_arguments(const std::vector<StageTuple>& stages, size_t views) {
+  if (stages.empty() || stages.size() > cuda::kMaxStages || views == 0 || views > cuda::kMaxViews) {
+    throw py::value_error("expected 1 to " + std::to_string(cuda::kMaxStages) + " stages and 1 to " +
+                          std::to_string(cuda::kMaxViews) + " views");
+  }
+  cuda::PlanArguments plan{};
+  plan.view_count = static_cast<int>(views);
+  plan.stage_count = static_cast<int>(stages.size());
+  for (size_t s = 0; s < stages.size(); ++s) {
+    const auto& [used, fusion, keep, over_bank] = stages[s];
+    cuda::StageArguments& stage = plan.stages[s];
+    if (used.empty() || used.size() > views || keep < 1 || fusion < 0 || fusion > static_cast<int>(Fusion::rrf)) {
+      throw py::value_error("expected views, a known fusion and a count of at least 1");
+    }
+    stage.keep = keep;
+    stage.fusion = static_cast<Fusion>(fusion);
+    stage.view_count = static_cast<int>(used.size());
+    stage.over_bank = over_bank;
+    for (size_t v = 0; v < used.size(); ++v) {
+      if (used[v] < 0 || static_cast<size_t>(used[v]) >= views) {
+        throw py::value_error("expected views of the plan");
+      }
+      stage.views[v] = static_cast<uint8_t>(used[v]);
+    }
+  }
+  return plan;
+}
+
+cuda::Answer answer(Address index, Address similarity, const std::vector<Address>& kept) {
+  cuda::Answer result{};
+  result.index = pointer<int64_t>(index);
+  result.similarity = pointer<float>(similarity);
+  for (size_t s = 0; s < kept.size() && s < cuda::kMaxStages; ++s) {
+    result.kept[s] = pointer<int64_t>(kept[s]);
+  }
+  return result;
+}
+
+cuda::MineProblem mine_problem(const std::vector<StageTuple>& stages, const std::vector<Tensor>& queries,
+                               const std::vector<Tensor>& keys, int metric, Address key_video, Address query_video,
+                               Address mask, Address index, Address similarity, const std::vector<Address>& kept,
+                               int64_t workspace_limit) {
+  cuda::MineProblem problem{};
+  problem.plan = plan_arguments(stages, queries.size());
+  if (keys.size() != queries.size()) {
+    throw py::value_error("expected keys for every view");
+  }
+  for (size_t v = 0; v < queries.size(); ++v) {
+    problem.views.view[v] = {matrix(queries[v]), matrix(keys[v])};
+    if (problem.views.view[v].queries.columns != problem.views.view[v].keys.columns ||
+        std::get<1>(queries[v]) != std::get<1>(queries[0]) || std::get<1>(keys[v]) != std::get<1>(keys[0])) {
+      throw py::value_error("expected queries and keys of the same widths and lengths");
+    }
+  }
+  problem.metric = static_cast<Metric>(metric);
+  problem.exclude = {pointer<const int64_t>(key_video), pointer<const int64_t>(query_video), pointer<const bool>(mask)};
+  problem.queries = std::get<1>(queries[0]);
+  problem.keys = std::get<1>(keys[0]);
+  problem.answer = answer(index, similarity, kept);
+  problem.workspace_limit = workspace_limit;
+  return problem;
+}
+
+cuda::SelectProblem select_problem(const std::vector<StageTuple>& stages, const std::vector<Tensor>& scores,
+                                   Address mask, Address index, Address similarity, const std::vector<Address>& kept,
+                                   int64_t workspace_limit) {
+  cuda::SelectProblem problem{};
+  problem.plan = plan_arguments(stages, scores.size());
+  for (size_t v = 0; v < scores.size(); ++v) {
+    problem.scores[v] = matrix(scores[v]);
+  }
+  problem.exclude = {nullptr, nullptr, pointer<const bool>(mask)};
+  problem.queries = std::get<1>(scores[0]);
+  problem.keys = std::get<2>(scores[0]);
+  problem.answer = answer(index, similarity, kept);
+  problem.workspace_limit = workspace_limit;
+  return problem;
+}
+
+}  // namespace
+}  // namespace cascade::python
+
+PYBIND11_MODULE(CASCADE_CUDA_MODULE, module) {
+  using namespace cascade;
+  module.doc() = "Exact cascade mining on NVIDIA GPUs.";
+  module.attr("MAX_VIEWS") = cuda::kMaxViews;
+  module.attr("MAX_STAGES") = cuda::kMaxStages;
+  module.def("unavailable", &cuda::unavailable);
+  module.def("devices", &cuda::devices);
+  const auto release = py::call_guard<py::gil_scoped_release>();
+  py::class_<cuda::MineProblem>(module, "Mine")
+      .def(py::init(&python::mine_problem), py::kw_only(), py::arg("stages"), py::arg("queries"), py::arg("keys"),
+           py::arg("metric"), py::arg("key_video"), py::arg("query_video"), py::arg("mask"), py::arg("index"),
+           py::arg("similarity"), py::arg("kept"), py::arg("workspace_limit"))
+      .def("workspace", &cuda::mine_workspace)
+      .def(
+          "run",
+          [](const cuda::MineProblem& problem, python::Address workspace, python::Address stream) {
+            cuda::mine(problem, python::pointer<void>(workspace), python::pointer<void>(stream));
+          },
+          py::arg("workspace"), py::arg("stream"), release);
+  py::class_<cuda::SelectProblem>(module, "Select")
+      .def(py::init(&python::select_problem), py::kw_only(), py::arg("stages"), py::arg("scores"), py::arg("mask"),
+           py::arg("index"), py::arg("similarity"), py::arg("kept"), py::arg("workspace_limit"))
+      .def("workspace", &cuda::select_workspace)
+      .def(
+          "run",
+          [](const cuda::SelectProblem& problem, python::Address workspace, python::Address stream) {
+            cuda::select(problem, python::pointer<void>(workspace), python::pointer<void>(stream));
+          },
+          py::arg("workspace"), py::arg("stream"), release);
+}

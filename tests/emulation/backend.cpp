@@ -1,0 +1,41 @@
+// csrc/cuda/backend.cu with fibers instead of a GPU: the same planning, the same kernels, another launcher.
+#include "cuda/backend.hpp"
+
+#include "cuda/planning.hpp"
+
+namespace cascade::cuda {
+namespace {
+
+struct FiberLauncher {
+  template <class... Parameters, class... Arguments>
+  void launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared_bytes,
+              const Arguments&... arguments) const {
+    emulation::launch(grid, dim3(static_cast<unsigned>(threads)), shared_bytes, [=] { kernel(arguments...); });
+  }
+};
+
+}  // namespace
+
+size_t mine_workspace(const MineProblem& problem) {
+  NoLaunch none;
+  return mine_exactly(none, problem, nullptr);
+}
+void mine(const MineProblem& problem, void* workspace, void* /*stream*/) {
+  FiberLauncher launcher;
+  std::memset(workspace, 0xFF, mine_workspace(problem));
+  mine_exactly(launcher, problem, workspace);
+}
+size_t select_workspace(const SelectProblem& problem) {
+  NoLaunch none;
+  return select_over(none, problem, nullptr);
+}
+void select(const SelectProblem& problem, void* workspace, void* /*stream*/) {
+  FiberLauncher launcher;
+  std::memset(workspace, 0xFF, select_workspace(problem));
+  select_over(launcher, problem, workspace);
+}
+
+std::string unavailable() { return {}; }
+std::vector<std::string> devices() { return {"emulation"}; }
+
+}  // namespace cascade::cuda

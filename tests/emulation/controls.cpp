@@ -1,0 +1,20 @@
+// The emulation's schedule and counters, for ctypes.
+#include "emulation.hpp"
+
+#define CASCADE_CONTROL extern "C" __attribute__((visibility("default")))
+
+CASCADE_CONTROL void emulation_schedule(uint64_t seed, bool perturb) {
+  emulation::settings().seed = seed;
+  emulation::settings().perturb = perturb;
+}
+
+CASCADE_CONTROL void emulation_reset_counters() { emulation::counters() = {}; }
+
+// Launches, blocks, barriers, bytes read, bytes written, bytes copied asynchronously, matrix operations, matrix loads,
+// float64 multiply-adds.
+CASCADE_CONTROL void emulation_counters(uint64_t* nine) {
+  const emulation::Counters& c = emulation::counters();
+  const uint64_t values[] = {c.launches,    c.blocks,     c.barriers,     c.bytes_read,   c.bytes_written,
+                             c.async_bytes, c.matrix_ops, c.matrix_loads, c.multiply_adds};
+  std::copy(std::begin(values), std::end(values), nine);
+}

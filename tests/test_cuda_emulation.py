@@ -1,0 +1,133 @@
+"""The CUDA kernels, executed on the CPU, against the same oracle as every backend: equal, no row left out."""
+
+from __future__ import annotations
+
+import emulated
+import numpy as np
+import oracle
+import pytest
+from inputs import DTYPES, FAMILIES
+
+import cascade_engine as ce
+from cascade_engine.errors import BackendUnavailable
+
+SCHEDULES = {"forward": 0, "reversed": 1, "random": 7}
+PLANS = (
+    "a:1",
+    "a:100%",
+    "a:5",
+    "a:50%,b:25%,a:12.5%,b:6%,a:5",
+    "a:prev50%,b:prev50%,a:prev90%",
+    "a:30,b:30@bank",
+    "a:30,b:22@bank,a:20@bank,b:3",
+    "sum(a,b):40%,min(b,a):20%,max(a,b):7",
+    "b:60%,zsum(a,b):9",
+    "a:50%,rrf(a,b):9",
+    "rrf(b,a):80%,a:40@bank,b:7",
+)
+
+
+@pytest.fixture(scope="module")
+def native():
+    return emulated.emulated()
+
+
+def stages_of(plan: ce.CascadePlan, keys: int) -> list[oracle.Stage]:
+    counts = plan.counts(keys)
+    return [
+        (stage.score.fusion, stage.score.views, count, stage.over_bank)
+        for stage, count in zip(plan.stages, counts, strict=True)
+    ]
+
+
+def exclusion(rng: np.random.Generator, kind: str, b: int, k: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Arguments of `emulated.mine`, and the mask that they mean."""
+    video, query_video = rng.integers(0, max(1, k // 4), k), rng.integers(0, max(1, k // 4), b)
+    if kind == "video":
+        return {"video": video, "query_video": query_video}, query_video[:, None] == video[None]
+    if kind == "none":
+        return {}, np.zeros((b, k), bool)
+    mask = rng.random((b, k)) < {"mask": 0.5, "nearly all": 0.97, "all": 2.0}[kind]
+    return {"mask": mask}, mask
+
+
+def assert_equal(found, index, similarity, kept, *, trace: bool) -> None:
+    np.testing.assert_array_equal(found.index, index)
+    np.testing.assert_array_equal(found.similarity, similarity)
+    if trace:
+        for mine, want in zip(found.kept, kept, strict=True):
+            np.testing.assert_array_equal(mine, want)
+
+
+def check_problem(native, seed: int, *, trace: bool, plan: str | None = None, most_keys: int = 97) -> None:
+    rng = np.random.default_rng(seed)
+    plan = ce.CascadePlan.parse(plan or PLANS[rng.integers(len(PLANS))])
+    b, k = int(rng.integers(1, 4)), int(rng.choice([1, 2, 5, 31, 64, most_keys]))
+    family = FAMILIES[list(FAMILIES)[rng.integers(len(FAMILIES))]]
+    dtype = DTYPES[list(DTYPES)[rng.integers(len(DTYPES))]]
+    dims = {view: int(rng.choice([1, 2, 7, 8, 16, 19, 33, 70])) for view in ("a", "b")}
+    with np.errstate(over="ignore"):
+        both = {view: family(rng, k + b, dim).astype(dtype) for view, dim in dims.items() if view in plan.views}
+    both = {view: np.where(np.isfinite(x), x, 0).astype(dtype) for view, x in both.items()}
+    keys, queries = {v: x[:k] for v, x in both.items()}, {v: x[k:] for v, x in both.items()}
+    metric = str(rng.choice(["ip", "cosine", "l2"]))
+    kind = str(rng.choice(["none", "video", "mask", "nearly all", "all"]))
+    arguments, mask = exclusion(rng, kind, b, k)
+    want = oracle.mine(stages_of(plan, k), queries, keys, mask, metric)
+    limit = int(rng.choice([1, 1 << 30]))
+    found = emulated.mine(native, plan, queries, keys, **arguments, metric=metric, trace=trace, workspace_limit=limit)
+    assert_equal(found, *want, trace=trace)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("trace", [False, True])
+def test_emulated_mine_equals_the_oracle(native, schedule, trace):
+    emulated.schedule(native, SCHEDULES[schedule])
+    for seed in range(25):
+        check_problem(native, 1000 * SCHEDULES[schedule] + seed, trace=trace)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_emulated_mine_runs_every_kind_of_plan(native, plan):
+    emulated.schedule(native, 11)
+    for seed in range(3):
+        check_problem(native, 5000 + seed, trace=seed == 0, plan=plan)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("seed", range(40))
+def test_emulated_mine_under_many_schedules(native, seed):
+    emulated.schedule(native, seed)
+    for problem in range(40):
+        check_problem(native, 100_000 + 100 * seed + problem, trace=problem % 3 == 0, most_keys=150)
+
+
+@pytest.mark.parametrize("kind", ["float32", "float64"])
+def test_emulated_select_equals_the_oracle(native, kind):
+    rng = np.random.default_rng(3)
+    emulated.schedule(native, 5)
+    for text in PLANS:
+        plan = ce.CascadePlan.parse(text)
+        scores = {view: rng.integers(-9, 9, (3, 83)).astype(kind) / 7 for view in ("a", "b")}
+        scores["b"][0] = -0.0
+        mask = rng.random((3, 83)) < 0.3
+        rows = [{view: [float(s) for s in x[b]] for view, x in scores.items()} for b in range(3)]
+        want = oracle.select(stages_of(plan, 83), rows, mask)
+        assert_equal(emulated.select(native, plan, scores, mask, trace=True), *want, trace=True)
+
+
+def test_emulated_mine_of_nothing_is_empty(native):
+    plan = ce.CascadePlan.parse("a:3")
+    none = emulated.mine(native, plan, {"a": np.zeros((0, 4), np.float32)}, {"a": np.ones((5, 4), np.float32)})
+    assert none.index.shape == (0, 3)
+    empty = emulated.mine(native, plan, {"a": np.ones((2, 4), np.float32)}, {"a": np.zeros((0, 4), np.float32)})
+    assert empty.index.shape == (2, 0)
+
+
+def test_emulated_backend_refuses_what_a_launch_cannot_carry(native):
+    rng = np.random.default_rng(0)
+    x = {"a": rng.standard_normal((4, 3)).astype(np.float32)}
+    emulated.reset_counters(native)
+    with pytest.raises(BackendUnavailable, match="at most 8 views and 32 stages, got 1 and 33"):
+        emulated.mine(native, ce.CascadePlan.parse(",".join(["a:2"] * 33)), x, x)
+    assert emulated.counters(native)["launches"] == 0
