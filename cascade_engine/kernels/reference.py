@@ -7,7 +7,8 @@ the bits.
 
 from __future__ import annotations
 
-import ml_dtypes
+import math
+
 import numpy as np
 import numpy.typing as npt
 
@@ -20,7 +21,7 @@ F64 = npt.NDArray[np.float64]
 I64 = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
 
-_BFLOAT16_MAX = float(np.array(0x7F7F, np.uint16).view(ml_dtypes.bfloat16))
+_BFLOAT16_MAX = float.fromhex("0x1.fep127")
 _TILE_VALUES = 1 << 21  # float64 partial sums held at a time: 16 MiB
 
 
@@ -155,10 +156,15 @@ def deviation(value: F64) -> float:
 
 
 def zsum_weight(sigma: float) -> float:
-    """1 / sigma rounded to bfloat16, so that the last bits of sigma do not matter; 0 where sigma is 0."""
+    """1 / sigma rounded to bfloat16, so that the last bits of sigma do not matter; 0 where sigma is 0.
+
+    Rounded to nearest even in one step: through float32, as array libraries convert, it would be rounded twice.
+    """
     if sigma == 0:
         return 0.0
-    return float(ml_dtypes.bfloat16(min(1.0 / sigma, _BFLOAT16_MAX)))
+    weight = min(1.0 / sigma, _BFLOAT16_MAX)
+    exponent = max(math.frexp(weight)[1] - 8, -133)  # of the last of 8 significant bits, or of the smallest subnormal
+    return min(math.ldexp(round(math.ldexp(weight, -exponent)), exponent), _BFLOAT16_MAX)
 
 
 def _rank(value: F64, keys: I64) -> F64:
