@@ -18,10 +18,12 @@ if TYPE_CHECKING:
     from cascade_engine.mining import select as select
     from cascade_engine.plan import CascadePlan as CascadePlan
     from cascade_engine.queue import KeyQueue as KeyQueue
+    from cascade_engine.store import FeatureStore as FeatureStore
 
 _HOME = {
     "Bank": "bank",
     "CascadePlan": "plan",
+    "FeatureStore": "store",
     "KeyQueue": "queue",
     "Positives": "mining",
     "mine": "mining",

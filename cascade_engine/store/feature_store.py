@@ -1,0 +1,508 @@
+"""`FeatureStore`: clip features of several views, on disk, in phases, with atomic commits."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from cascade_engine.bank import Bank, Metric
+from cascade_engine.errors import InvalidInput, StoreError
+from cascade_engine.store import changing, filtering
+from cascade_engine.store.columns import Categorical, Dictionary
+from cascade_engine.store.creating import make_phase, make_store, phase_names, read_root
+from cascade_engine.store.files import Files, LocalFiles
+from cascade_engine.store.ingest import check_batch
+from cascade_engine.store.layout import BUILT_IN, CHUNK_BYTES, check_columns, check_phase, check_views
+from cascade_engine.store.locking import take_lock
+from cascade_engine.store.mapping import prefetch as prefetch_rows
+from cascade_engine.store.phase import Commit, Phase
+from cascade_engine.store.record import empty_record, read_record
+from cascade_engine.store.writer import DURABILITIES, Durability, PhaseWriter
+from cascade_engine.tensor import id_vector, to_host
+
+Values = np.ndarray[Any, Any]
+Rows = npt.NDArray[np.int64]
+
+
+class FeatureStore:
+    """Features of clips in several views, grouped in phases (one a model version), as plain Zarr v3 underneath.
+
+    A phase shows its last commit and nothing else, whatever happens to its writer; readers map the files and need no
+    lock. A reader keeps the commit it opened (`refresh` moves on); a writer holds its phase's lock until `close`.
+    Made by `create` and `open`.
+    """
+
+    def __init__(self, path: Path, phase: str, writer: PhaseWriter | None, lock: int | None) -> None:
+        self.path, self.phase = path, phase
+        self._writer, self._lock = writer, lock
+        self._snapshots: dict[str, Phase] = {}
+        self._dictionaries: dict[str, Dictionary] = {}
+        if writer is not None:
+            held = self._at(None)
+            for name, column in writer.record.columns.items():
+                if column.type == "str":
+                    self._dictionaries[name] = Dictionary(held.categories(column.versions[-1][1]))
+
+    @classmethod
+    def create(
+        cls,
+        path: str | os.PathLike[str],
+        views: Mapping[str, int],
+        *,
+        dtype: str | Mapping[str, str] = "float32",
+        columns: Mapping[str, str] | None = None,
+        phase: str = "main",
+        normalise: bool = False,
+        durability: Durability = "commit",
+        model: str | None = None,
+        preprocessing: str | None = None,
+        chunk_bytes: int = CHUNK_BYTES,
+    ) -> FeatureStore:
+        """Make a store with one empty phase, opened for appending.
+
+        Args:
+            path: a folder that does not exist yet.
+            views: view to feature width.
+            dtype: ``"float32"``, ``"float16"`` or ``"bfloat16"``, for all views or by view.
+            columns: name to ``"int"``, ``"float"``, ``"str"`` or ``"bool"``; clip_id, video_id, start and end are
+                always there.
+            phase: the first phase's name.
+            normalise: scale every feature to unit length on its way in.
+            durability: ``"commit"``: an append that returned survives power loss. ``"group"``: appends are gathered,
+                published and synced together, at the latest by `flush` and `close`. ``"none"``: an append that
+                returned survives its process, not power loss.
+            model: what computes the features, for the record.
+            preprocessing: likewise.
+            chunk_bytes: size of a chunk file, which readers of plain Zarr read as a whole.
+
+        Raises:
+            StoreError: there is something at `path`, or the disk refuses.
+            InvalidInput: a view or column that cannot be.
+        """
+        root = Path(path)
+        record = empty_record(
+            phase=check_phase(phase),
+            uid=uuid.uuid4().hex,
+            views=check_views(views, dtype, normalise=normalise),
+            columns=check_columns(columns or {}, views),
+            chunk_bytes=chunk_bytes,
+            model=model,
+            preprocessing=preprocessing,
+        )
+        make_store(root, record)
+        return cls.open(root, mode="a", durability=durability)
+
+    @classmethod
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        mode: Literal["r", "a"] = "r",
+        *,
+        phase: str | None = None,
+        durability: Durability = "commit",
+        files: Files | None = None,
+    ) -> FeatureStore:
+        """Open a store to read it, or to append to one phase.
+
+        Args:
+            path: the store's folder.
+            mode: ``"r"``, or ``"a"``, which takes the phase's lock.
+            phase: the phase that calls without one refer to; the store's first by default.
+            durability: of a writer's commits; see `create`.
+            files: the file system, for tests.
+
+        Raises:
+            NotFound: no store, or no such phase.
+            StoreLocked: another process writes the phase; it is named.
+            StoreError: the phase is sealed.
+            SchemaMismatch: a store of another format.
+        """
+        if mode not in ("r", "a"):
+            raise InvalidInput(f"mode: expected 'r' or 'a', got {mode!r}")
+        if durability not in DURABILITIES:
+            raise InvalidInput(f"durability: expected one of {', '.join(DURABILITIES)}, got {durability!r}")
+        root = Path(path)
+        name = phase or read_root(root)
+        read_root(root)
+        folder = root / "phases" / check_phase(name)
+        record = read_record(folder)
+        if mode == "r":
+            return cls(root, name, None, None)
+        if record.sealed:
+            raise StoreError(f"phase {name!r} of {root}: sealed, nothing can be added")
+        try:
+            lock = take_lock(folder / "commits" / "aside" / "writer.lock", f"phase {name!r} of {root}")
+        except OSError as error:
+            raise StoreError(f"{root}: cannot open for writing: {error.strerror}") from error
+        writer = PhaseWriter(folder, read_record(folder), files or LocalFiles(), durability)
+        try:
+            writer.recover()
+            return cls(root, name, writer, lock)
+        except BaseException:
+            writer.abandon()
+            os.close(lock)
+            raise
+
+    def __enter__(self) -> Self:
+        """The store itself; leaving closes it."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close; where an error leaves the block, what a group commit has gathered is published all the same."""
+        self.close()
+
+    def __repr__(self) -> str:
+        """Where, which phase, what is in it."""
+        views = ", ".join(f"{name} {dim}" for name, dim in self.views.items())
+        return f"FeatureStore({str(self.path)!r}, phase={self.phase!r}, {self.rows} clips, {views})"
+
+    @property
+    def rows(self) -> int:
+        """Clips committed in the current phase."""
+        return self._at(None).record.rows
+
+    @property
+    def views(self) -> dict[str, int]:
+        """View to width, of the current phase."""
+        return {name: view.dim for name, view in self._at(None).record.views.items()}
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """Column to type, of the current phase, the built-in ones included."""
+        return {name: column.type for name, column in self._at(None).record.columns.items()}
+
+    @property
+    def phases(self) -> tuple[str, ...]:
+        """All phases, oldest first."""
+        return phase_names(self.path)
+
+    @property
+    def commit(self) -> int:
+        """The number of the current phase's last commit."""
+        return self._at(None).record.commit
+
+    @property
+    def sealed(self) -> bool:
+        """Whether the current phase is final."""
+        return self._at(None).record.sealed
+
+    def log(self, phase: str | None = None) -> list[Commit]:
+        """All commits of a phase, oldest first; their numbers are what `at` takes."""
+        return self._at(phase).log
+
+    def append(
+        self,
+        views: Mapping[str, object],
+        *,
+        clip_id: object,
+        video_id: object,
+        start: object = None,
+        end: object = None,
+        present: Mapping[str, object] | None = None,
+        **columns: object,
+    ) -> int:
+        """Add clips, all views and columns in one commit, and return how many.
+
+        Args:
+            views: view to features (b, D_view), NumPy or torch. A view left out is missing for these clips, to be
+                filled later.
+            clip_id: (b,) integers that the phase does not have yet.
+            video_id: (b,) integers.
+            start: (b,) seconds; NaN where not given.
+            end: (b,) seconds.
+            present: view to a mask (b,) of the clips that have it; the other rows of that view are not looked at.
+            **columns: every column of the store's own, (b,) each, or one text or number for all.
+
+        Raises:
+            InvalidInput: wrong shapes or types, NaN or infinity (the clip is named), a clip id that is there already.
+            SchemaMismatch: a view or column the store does not have, or a column that is missing.
+            StoreError: the disk is full or refuses; nothing of this batch is committed.
+        """
+        writer = self._writing()
+        given = {"clip_id": clip_id, "video_id": video_id, "start": start, "end": end, **columns}
+        batch = check_batch(writer.pending, writer.next_commit, self._dictionaries, views, present or {}, given)
+        ids = batch.rows["clip_id"]
+        index = self._at(None).clips
+        if len(again := index.duplicates(ids)):
+            raise InvalidInput(f"clip_id: expected new clips, got clip {int(again[0])} again")
+        with writer.transaction():
+            changing.note_lossless(writer, batch.lossless)
+            for name, fresh in batch.fresh.items():
+                if fresh:
+                    known = [*self._dictionaries[name].categories, *fresh]
+                    changing.note_categories(writer, writer.pending.columns[name].versions[-1][1], known)
+            writer.append(batch.rows, batch.clips)
+        for name, fresh in batch.fresh.items():
+            self._dictionaries[name].accept(fresh)
+        self._moved(index, ids)
+        return batch.clips
+
+    def fill(self, view: str, clip_id: object, value: object) -> None:
+        """Give clips a view that they are missing, in one commit.
+
+        Args:
+            view: the view.
+            clip_id: (b,) clips without it.
+            value: (b, D_view) features.
+
+        Raises:
+            NotFound: a clip that is not there.
+            InvalidInput: a clip that has the view, or features that do not fit.
+        """
+        writer = self._writing()
+        self.flush()
+        ids = id_vector(clip_id, "clip_id", len(to_host(clip_id, "clip_id")))
+        phase = self._at(None)
+        phase.require_view(view)
+        changing.fill(writer, phase, view, ids, value)
+        self._moved(phase.clips)
+
+    def add_view(self, name: str, dim: int, *, dtype: str = "float32", normalise: bool = False) -> None:
+        """Add a view that no clip has yet; `fill` and `append` bring its features."""
+        writer = self._writing()
+        self.flush()
+        described = check_views({name: dim}, dtype, normalise=normalise)
+        changing.add_view(writer, name, described[name])
+        self._moved(self._at(None).clips)
+
+    def set_column(self, name: str, values: object, *, kind: str | None = None) -> None:
+        """Add a column (n,) of a `kind`, or a new version of one; older commits keep showing the older version."""
+        writer = self._writing()
+        self.flush()
+        dictionary = changing.set_column(writer, name, values, kind)
+        if dictionary is not None:
+            self._dictionaries[name] = dictionary
+        self._moved(self._at(None).clips)
+
+    def flush(self) -> None:
+        """Publish what ``durability="group"`` has gathered."""
+        writer = self._writing()
+        if writer.pending is not writer.record:
+            writer.publish("append")
+            self._moved(self._at(None).clips)
+
+    def seal(self, phase: str | None = None) -> None:
+        """Make a phase final: nothing can be added any more, and it can be linked, copied and published safely.
+
+        Args:
+            phase: the current one by default, which the store then goes on to read.
+        """
+        if phase is not None and phase != self.phase:
+            with FeatureStore.open(self.path, mode="a", phase=phase) as other:
+                other.seal()
+            return
+        writer = self._writing()
+        writer.pending = replace(writer.pending, sealed=True)
+        writer.publish("seal")
+        self._moved(self._at(None).clips)
+        self.close()
+
+    def new_phase(
+        self,
+        name: str,
+        views: Mapping[str, int] | None = None,
+        *,
+        dtype: str | Mapping[str, str] | None = None,
+        columns: Mapping[str, str] | None = None,
+        normalise: bool | None = None,
+        durability: Durability = "commit",
+        model: str | None = None,
+        preprocessing: str | None = None,
+    ) -> FeatureStore:
+        """Add an empty phase, say of the next model version, and return the store opened to append to it.
+
+        Views, types and columns are the current phase's where not given.
+
+        Raises:
+            StoreError: there is a phase of that name, or the disk refuses.
+        """
+        record = self._at(None).record
+        kinds = {view: about.dtype for view, about in record.views.items()}
+        own = {column: about.type for column, about in record.columns.items() if column not in BUILT_IN}
+        described = check_views(views or self.views, dtype or kinds, normalise=bool(normalise))
+        if normalise is None:
+            was = {view for view, about in record.views.items() if about.normalised}
+            described = {view: replace(about, normalised=view in was) for view, about in described.items()}
+        fresh = empty_record(
+            phase=check_phase(name),
+            uid=uuid.uuid4().hex,
+            views=described,
+            columns=check_columns(own if columns is None else columns, described),
+            chunk_bytes=max(record.arrays[view].chunk_bytes for view in record.views),
+            parent=self.phase,
+            model=model,
+            preprocessing=preprocessing,
+        )
+        make_phase(self.path, fresh)
+        return FeatureStore.open(self.path, mode="a", phase=name, durability=durability)
+
+    def features(self, view: str, *, phase: str | None = None, at: int | None = None) -> Values:
+        """All features of a view (n, D), mapped, read-only; NaN where a clip does not have it."""
+        return self._at(phase).features(view, at)
+
+    def present(self, view: str, *, phase: str | None = None, at: int | None = None) -> npt.NDArray[np.bool_]:
+        """Which clips (n,) have a view."""
+        return self._at(phase).present(view, at)
+
+    def column(self, name: str, *, phase: str | None = None, at: int | None = None) -> Values:
+        """A column's values (n,): int64, float64, bool or texts."""
+        values = self._at(phase).column(name, at)
+        return np.asarray(values)
+
+    def rows_of(self, clip_id: object, *, phase: str | None = None) -> Rows:
+        """The rows (b,) that clips are in."""
+        ids = id_vector(clip_id, "clip_id", len(to_host(clip_id, "clip_id")))
+        return self._at(phase).rows_of(ids)
+
+    def gather(
+        self, view: str, rows: object, *, phase: str | None = None, at: int | None = None, prefetch: bool = False
+    ) -> Values:
+        """A copy (b, D) of some rows of a view.
+
+        Args:
+            view: the view.
+            rows: (b,) row numbers.
+            phase: the current one by default.
+            at: a commit.
+            prefetch: ask for all rows at once before reading the first: much faster where they are not in memory,
+                a little slower where they are.
+        """
+        values = self._at(phase).features(view, at)
+        chosen = id_vector(rows, "rows", len(to_host(rows, "rows")))
+        if len(chosen) and not (chosen.min() >= 0 and chosen.max() < len(values)):
+            raise InvalidInput(f"rows: expected rows from 0 to {len(values) - 1}, got {chosen.min()} to {chosen.max()}")
+        if prefetch:
+            prefetch_rows(values, chosen)
+        found: Values = values.take(chosen, axis=0)
+        return found
+
+    def matching(
+        self,
+        where: str | None = None,
+        *,
+        views: tuple[str, ...] = (),
+        phase: str | None = None,
+        at: int | None = None,
+    ) -> Rows | None:
+        """The rows of clips that have all `views` and fulfil a condition, ascending; None means all rows.
+
+        Raises:
+            InvalidInput: the condition cannot be read; the position is named.
+        """
+        held, count = self._at(phase), self._at(phase).rows(at)
+        chosen: npt.NDArray[np.bool_] | None = None
+        if where is not None:
+            chosen = filtering.mask(
+                where,
+                count,
+                column=lambda name: held.column(name, at),
+                has=lambda view: held.present(view, at),
+                names=tuple(held.record.columns),
+            )
+        for view in views:
+            there = held.present(view, at)
+            if not there.all():
+                chosen = there if chosen is None else chosen & there
+        return None if chosen is None or chosen.all() else np.flatnonzero(chosen)
+
+    def bank(
+        self,
+        views: str | tuple[str, ...] | list[str] | None = None,
+        *,
+        phase: str | None = None,
+        where: str | None = None,
+        at: int | None = None,
+        metric: Metric = "ip",
+        device: str | None = None,
+    ) -> Bank:
+        """The clips that have all of `views` as a bank: mapped without a copy where that is all, gathered otherwise.
+
+        Args:
+            views: one view or several; all by default.
+            phase: the current one by default.
+            where: a condition on columns, see `cascade_engine.store.filtering`.
+            at: a commit number; the last one by default.
+            metric: of the bank.
+            device: a torch device, for tensors (``"cpu"`` shares the mapped memory); NumPy arrays by default.
+
+        Raises:
+            NotFound: a view, phase or commit that is not there.
+            InvalidInput: the condition cannot be read; the position is named.
+        """
+        held = self._at(phase)
+        names = (views,) if isinstance(views, str) else tuple(views or held.record.views)
+        rows = self.matching(where, views=names, phase=phase, at=at)
+
+        def part(values: Any) -> Any:
+            return values if rows is None else values.take(rows) if isinstance(values, Categorical) else values[rows]
+
+        label = part(held.column("label", at)) if "label" in held.record.columns else None
+        ids = {name: part(held.column(name, at)) for name in ("video_id", "clip_id")}
+        keys = {name: part(held.features(name, at)) for name in names}
+        if device is not None:
+            keys = {name: _tensor(values, device) for name, values in keys.items()}
+            ids = {name: _tensor(values, device) for name, values in ids.items()}
+        return Bank(keys, ids["video_id"], clip_id=ids["clip_id"], label=label, metric=metric, checked=True)
+
+    def refresh(self) -> None:
+        """Move a reader on to the last commit."""
+        if self._writer is None:
+            self._snapshots.clear()
+
+    def close(self) -> None:
+        """Publish what is pending and release the phase's lock; reading goes on."""
+        writer, lock = self._writer, self._lock
+        self._writer, self._lock = None, None
+        try:
+            if writer is not None:
+                writer.close()
+        finally:
+            self._snapshots.clear()
+            if lock is not None:
+                os.close(lock)
+
+    def _writing(self) -> PhaseWriter:
+        if self._writer is None:
+            raise StoreError(f"{self.path}: expected a store opened with mode='a', got one that is read-only or closed")
+        return self._writer
+
+    def _at(self, phase: str | None) -> Phase:
+        """A phase as this store sees it."""
+        name = phase or self.phase
+        if name not in self._snapshots:
+            folder = self.path / "phases" / check_phase(name)
+            mine = self._writer is not None and name == self.phase
+            record = self._writer.record if self._writer is not None and mine else read_record(folder)
+            self._snapshots[name] = Phase(folder, record)
+        return self._snapshots[name]
+
+    def _moved(self, index: Any, ids: Rows | None = None) -> None:
+        """Look at the writer's newest commit from now on; the index of clips goes along."""
+        if ids is not None:
+            index.add(ids)
+        if self._writer is not None and self._at(None).record is not self._writer.record:
+            self._snapshots[self.phase] = Phase(self.path / "phases" / self.phase, self._writer.record)
+            self._snapshots[self.phase].clips = index
+
+
+def _tensor(values: Values, device: str) -> Any:
+    """A torch tensor of mapped values; on the CPU it shares their memory, which cannot be written to."""
+    import warnings
+
+    import torch
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # torch warns that the memory is read-only; so is a bank
+        if values.dtype.name == "bfloat16":
+            return torch.from_numpy(values.view(np.int16)).view(torch.bfloat16).to(device)
+        return torch.from_numpy(values).to(device)
