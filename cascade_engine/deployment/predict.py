@@ -149,7 +149,7 @@ def predict(
         try:
             for window in sliding_windows(path, model.signature, step=step, limits=limits):
                 video.waiting += 1
-                video.problem = window.problem
+                video.problem = None if window.problem is None else f"{path}: {window.problem}"
                 pending.append((video, window))
                 if len(pending) == batch:
                     _score(model, pending)
