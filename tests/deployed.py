@@ -7,7 +7,7 @@ from cascade_engine.deployment.classifier import Classifier, Stream
 from cascade_engine.models.encoder import build_encoder
 
 LABELS = ("run", "jump", "wave")
-SIZE, CROP, FRAMES, STRIDE = 36, 32, 4, 2
+SIZE, SIDE, FRAMES, STRIDE = 36, 32, 4, 2
 
 
 class Live:
@@ -27,7 +27,7 @@ def classifier(views=("rgb", "residual"), *, labels=LABELS, crops=1, seed=0, fea
     torch.manual_seed(seed)
     channels = {"rgb": 3, "residual": 3, "flow": 2}
     streams = {v: Stream(build_encoder("small3d", channels[v]), len(labels), features) for v in views}
-    made = Classifier(streams, crop=CROP, crops=crops)
+    made = Classifier(streams, side=SIDE, crops=crops)
     with torch.no_grad():
         for view, stream in streams.items():
             clips = made.prepare(view, pixels(view, 16, seed))

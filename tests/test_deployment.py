@@ -140,31 +140,43 @@ def test_two_streams_are_the_mean_of_their_probabilities():
     with torch.no_grad():
         joint = both(*clips.values())[0]
         parts = [
-            Classifier({view: both.streams[view]}, crop=deployed.CROP).eval()(clips[view])[0] for view in both.views
+            Classifier({view: both.streams[view]}, side=deployed.SIDE).eval()(clips[view])[0] for view in both.views
         ]
     assert torch.equal(joint, torch.stack(parts).mean(0))
 
 
-def test_ten_crops_are_the_corners_the_centre_and_their_mirror_images():
-    ten, one = deployed.classifier(("flow",), crops=10), deployed.classifier(("flow",))
-    clips = deployed.pixels("flow", 2)
-    low, high = (deployed.SIZE - deployed.CROP) // 2, deployed.SIZE - deployed.CROP
+def test_ten_crops_are_the_whole_the_corners_and_their_mirror_images():
+    ten, one = deployed.classifier(("rgb",), crops=10), deployed.classifier(("rgb",))
+    clips = deployed.pixels("rgb", 2)
+    high = deployed.SIZE - deployed.SIDE
     parts = []
     with torch.no_grad():
-        for top, left in ((low, low), (0, 0), (0, high), (high, 0), (high, high)):
-            cut = clips[:, :, top : top + deployed.CROP, left : left + deployed.CROP]
-            mirrored = cut.flip(3).clone()
-            mirrored[..., 0] *= -1  # what moved right moves left in a mirror
-            parts += [one(cut)[0], one(mirrored)[0]]
+        for place in (None, (0, 0), (0, high), (high, 0), (high, high)):
+            top, left = place or (0, 0)
+            side = deployed.SIDE if place else deployed.SIZE
+            cut = clips[:, :, top : top + side, left : left + side]
+            parts += [one(cut)[0], one(cut.flip(3))[0]]
         found = ten(clips)[0]
     assert torch.allclose(found, torch.stack(parts).mean(0), atol=1e-6)
     assert not torch.allclose(found, parts[0], atol=1e-4)
 
 
+def test_flow_turns_with_its_mirror_image_and_grows_with_its_corner():
+    ten = deployed.classifier(("flow",), crops=10)
+    clips = torch.zeros(1, deployed.FRAMES, deployed.SIZE, deployed.SIZE, 2, dtype=torch.int8)
+    clips[..., 0] = 64
+    whole, mirrored, corner, both = (ten.prepare("flow", clips, number) for number in (0, 1, 2, 3))
+    grown = deployed.SIZE / deployed.SIDE
+    for crop, sign, scale in ((whole, 1, 1), (mirrored, -1, 1), (corner, 1, grown), (both, -1, grown)):
+        assert crop.shape == (1, 2, deployed.FRAMES, deployed.SIDE, deployed.SIDE)
+        assert torch.allclose(crop[:, 0], torch.tensor(sign * scale * 64 / 127), atol=1e-6)
+        assert not crop[:, 1].any()
+
+
 def test_a_model_without_labels_gives_the_projection_that_mining_compares():
     torch.manual_seed(0)
     encoder = build_encoder("small3d", 3).eval()
-    made = Classifier({"rgb": Stream(encoder, 0, "projection")}, crop=deployed.CROP).eval()
+    made = Classifier({"rgb": Stream(encoder, 0, "projection")}, side=deployed.SIDE).eval()
     clips = deployed.pixels("rgb", 2)
     with torch.no_grad():
         (features,) = made(clips)
@@ -175,10 +187,11 @@ def test_a_model_without_labels_gives_the_projection_that_mining_compares():
 def test_streams_that_do_not_fit_are_refused():
     stream = Stream(build_encoder("small3d", 3), 2)
     with pytest.raises(InvalidInput, match="streams: expected views among"):
-        Classifier({"sound": stream}, crop=32)
+        Classifier({"sound": stream}, side=32)
     with pytest.raises(InvalidInput, match="as many classes in each"):
-        Classifier({"rgb": stream, "residual": Stream(build_encoder("small3d", 3), 3)}, crop=32)
+        Classifier({"rgb": stream, "residual": Stream(build_encoder("small3d", 3), 3)}, side=32)
     with pytest.raises(InvalidInput, match="crops: expected one of 1, 2, 5, 10, got 3"):
-        Classifier({"rgb": stream}, crop=32, crops=3)
-    with pytest.raises(InvalidInput, match=r"pixels: expected at least 40 x 40, got 36 x 36"):
-        Classifier({"rgb": stream}, crop=40)(deployed.pixels("rgb", 1))
+        Classifier({"rgb": stream}, side=32, crops=3)
+    small = Classifier({"rgb": stream}, side=deployed.SIZE, crops=5)
+    with pytest.raises(InvalidInput, match=r"expected frames larger than 36 to cut corners, got 36 x 36"):
+        small(deployed.pixels("rgb", 1))

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal, TypeAlias, cast, get_args
+from typing import Literal, TypeAlias, get_args
 
 import torch
 from torch import nn
 
 from cascade_engine.errors import InvalidInput
 from cascade_engine.models.encoder import Encoder
-from cascade_engine.video.views import VIEWS, flip, to_float
+from cascade_engine.video.augment import centre
+from cascade_engine.video.views import VIEWS, flip
 
 Crops: TypeAlias = Literal[1, 2, 5, 10]
 FeatureKind: TypeAlias = Literal["backbone", "projection"]
@@ -44,18 +45,18 @@ class Stream(nn.Module):
 class Classifier(nn.Module):
     """Streams of one or more views whose probabilities are averaged; called with the pixels as they are stored.
 
-    Cropping, scaling to float, the crops' average and the features' normalisation are part of it, so that an exported
-    graph is complete from pixels on.
+    Scaling, cropping, the crops' average and the features' normalisation are part of it, so that an exported graph is
+    complete from pixels on.
 
     Args:
         streams: view to stream; all with as many classes, or all without.
-        crop: side of the square the encoders see, cut from the middle (and the corners).
-        crops: 1 the centre; 2 it and its mirror image; 5 the centre and the corners; 10 both.
+        side: of the square the encoders see.
+        crops: 1 the whole picture; 2 it and its mirror image; 5 it and its four corners; 10 both.
 
     Source: METHOD section 5: multi-crop test; two-stream is the mean of probabilities.
     """
 
-    def __init__(self, streams: Mapping[str, Stream], *, crop: int, crops: Crops = 1) -> None:
+    def __init__(self, streams: Mapping[str, Stream], *, side: int, crops: Crops = 1) -> None:
         super().__init__()
         if not streams or any(view not in VIEWS for view in streams):
             raise InvalidInput(f"streams: expected views among {', '.join(VIEWS)}, got {', '.join(streams) or 'none'}")
@@ -66,7 +67,7 @@ class Classifier(nn.Module):
             raise InvalidInput(f"crops: expected one of {', '.join(map(str, get_args(Crops)))}, got {crops}")
         self.streams = nn.ModuleDict(streams)
         self.views = tuple(streams)
-        self.crop, self.crops = crop, crops
+        self.side, self.crops = side, crops
         self.labelled = widths != {None}
 
     def forward(self, *pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -86,15 +87,19 @@ class Classifier(nn.Module):
         return (torch.stack(probabilities).mean(0), *features) if self.labelled else tuple(features)
 
     def prepare(self, view: str, stored: torch.Tensor, number: int = 0) -> torch.Tensor:
-        """Crop `number` of stored pixels (B, T, H, W, C), as float32 (B, C, T, crop, crop)."""
+        """Crop `number` of stored pixels (B, T, H, W, C), as float32 (B, C, T, side, side).
+
+        A corner is shown enlarged, and displacements grow with it, as in training.
+        """
         place, mirrored = (number // 2, number % 2) if self.crops in (2, 10) else (number, 0)
-        height, width = stored.shape[2] - self.crop, stored.shape[3] - self.crop
-        if min(height, width) < 0:
-            raise InvalidInput(
-                f"pixels: expected at least {self.crop} x {self.crop}, got {stored.shape[2]} x {stored.shape[3]}"
-            )
-        corners = ((height // 2, width // 2), (0, 0), (0, width), (height, 0), (height, width))
-        top, left = corners[place]
-        cut = stored[:, :, top : top + self.crop, left : left + self.crop]
-        floats = cast("torch.Tensor", to_float(view, flip(view, cut) if mirrored else cut))
-        return floats.permute(0, 4, 1, 2, 3)
+        shown = flip(view, stored) if mirrored else stored
+        assert isinstance(shown, torch.Tensor)
+        if place == 0:
+            return centre(view, shown, self.side)
+        height, width = shown.shape[2], shown.shape[3]
+        if min(height, width) <= self.side:
+            raise InvalidInput(f"crops: expected frames larger than {self.side} to cut corners, got {height} x {width}")
+        down, right = divmod(place - 1, 2)
+        top, left = down * (height - self.side), right * (width - self.side)
+        corner = centre(view, shown[:, :, top : top + self.side, left : left + self.side], self.side)
+        return (corner * (height / self.side)).clamp(-1, 1) if VIEWS[view].displaces else corner
