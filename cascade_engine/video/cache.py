@@ -176,7 +176,8 @@ class ClipCache:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with Journal(folder, _sizes(options)) as journal:
-                options.settle(folder)
+                options.settle(folder)  # before anything is cut off: with other options, all would be
+                journal.recover()
                 state = _fill(index, options, journal, workers, progress)
                 _replace(folder / "index.json", json.dumps(state))
         except OSError as error:

@@ -53,15 +53,13 @@ class Journal:
         self.frames = 0
 
     def __enter__(self) -> Journal:
-        """Take the lock and cut off what was half written."""
+        """Take the lock; nothing is read or changed yet."""
         self._lock = (self.folder / "lock").open("wb")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self._lock.close()
             raise StoreError(f"{self.folder}: another process is building this cache") from None
-        self.parts.mkdir(exist_ok=True)
-        self._recover()
         return self
 
     def __exit__(
@@ -73,7 +71,13 @@ class Journal:
         if self._lock is not None:
             self._lock.close()
 
-    def _recover(self) -> None:
+    def recover(self) -> None:
+        """Read what is stored and cut off what was half written.
+
+        Raises:
+            StoreError: a file is shorter than the journal says.
+        """
+        self.parts.mkdir(exist_ok=True)
         path = self.folder / "journal.jsonl"
         whole = 0
         if path.exists():
@@ -101,7 +105,7 @@ class Journal:
         source = self.parts / part.key
         for name in self.frame_bytes:
             with (source / f"{name}.bin").open("rb") as given, (self.folder / f"{name}.bin").open("ab") as file:
-                shutil.copyfileobj(given, file, 1 << 22)
+                _copy(given, file)
                 file.flush()
                 os.fsync(file.fileno())
         seen = entry.path.stat()
@@ -122,6 +126,10 @@ class Journal:
             os.fsync(file.fileno())
         self._remember(row)
         shutil.rmtree(source, ignore_errors=True)
+
+
+def _copy(given: IO[bytes], file: IO[bytes]) -> None:
+    shutil.copyfileobj(given, file, 1 << 22)
 
 
 def content_key(entry: VideoEntry, journal: Journal) -> str:
