@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
 
@@ -57,11 +57,7 @@ def emulated(csrc: Path = ROOT / "csrc", flags: tuple[str, ...] = ("-O2",)) -> M
             units = [csrc / "python" / "cuda_module.cpp", EMULATION / "backend.cpp", EMULATION / "controls.cpp"]
             objects = [library.with_suffix(f".{unit.stem}.o") for unit in units]
             with ThreadPoolExecutor(2) as pool:
-                list(
-                    pool.map(
-                        lambda pair: _run([*common, "-c", pair[0], "-o", pair[1]]), zip(units, objects, strict=True)
-                    )
-                )
+                list(pool.map(partial(_compile, common), units, objects))
             _run([compiler, "-shared", *flags, "-o", library, *objects])
             for each in objects:
                 each.unlink()
@@ -71,6 +67,11 @@ def emulated(csrc: Path = ROOT / "csrc", flags: tuple[str, ...] = ("-O2",)) -> M
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def _compile(common: list[object], unit: Path, target: Path) -> None:
+    optimise = ["-O0"] if unit.parent.name == "python" else []  # the binding is slow to compile and quick to run
+    _run([*common, *optimise, "-c", unit, "-o", target])
 
 
 def _run(command: list[object]) -> None:

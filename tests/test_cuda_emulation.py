@@ -94,6 +94,46 @@ def test_emulated_mine_runs_every_kind_of_plan(native, plan):
         check_problem(native, 5000 + seed, trace=seed == 0, plan=plan)
 
 
+def aligned(rng: np.random.Generator, rows: int, dim: int) -> np.ndarray:
+    """Multiples of one direction, a little apart: rounding errors all point the same way, as the bound allows."""
+    return np.repeat(1 + 1e-3 * rng.random((rows, 1)), dim, axis=1).astype(np.float32)
+
+
+# plan, B, K, D, family, split_keys
+REGIMES = {
+    "several query tiles": ("a:50%,b:25%,a:5", 70, 300, 40, FAMILIES["separated"], 1 << 15),
+    "aligned errors": ("a:50%,b:25%,a:12%,b:5", 3, 900, 64, aligned, 1 << 15),
+    "aligned, fused": ("sum(a,b):50%,min(a,b):25%,max(a,b):12%,sum(b,a):5", 3, 900, 64, aligned, 1 << 15),
+    "near ties": ("a:50%,b:25%,a:9", 3, 1500, 48, FAMILIES["near_tie"], 1 << 15),
+    "more ties than a block holds": ("a:60%,b:40%,a:7", 2, 2600, 17, FAMILIES["constant"], 1 << 15),
+    "narrow tiles": ("a:50%,b:5", 20, 200, 600, FAMILIES["separated"], 1 << 15),
+    "wider than tiles": ("a:50%,b:5", 2, 90, 2100, FAMILIES["separated"], 1 << 15),
+    "splits": ("a:20,b:15,a:5", 3, 3000, 24, FAMILIES["duplicates"], 700),
+    "splits of ties": ("a:20,b:5", 2, 2600, 24, FAMILIES["constant"], 700),
+    "splits of a fused score": ("min(b,a):20,b:5", 2, 2000, 24, FAMILIES["positive"], 300),
+    "k beyond shared memory": ("a:2300", 2, 2600, 9, FAMILIES["lattice"], 1 << 15),
+    "k = K": ("a:50%,b:100%,a:100%", 2, 2100, 9, FAMILIES["separated"], 1 << 15),
+}
+
+
+@pytest.mark.parametrize("metric", ["ip", "cosine", "l2"])
+@pytest.mark.parametrize("regime", REGIMES)
+def test_emulated_mine_equals_the_reference_in_every_regime(native, regime, metric):
+    text, b, k, dim, family, split_keys = REGIMES[regime]
+    rng = np.random.default_rng(len(regime))
+    emulated.schedule(native, 2 + len(regime))
+    plan = ce.CascadePlan.parse(text)
+    both = {view: family(rng, k + b, dim) for view in plan.views}
+    keys, queries = {v: x[:k] for v, x in both.items()}, {v: x[k:] for v, x in both.items()}
+    video, query_video = rng.integers(0, k // 3, k), rng.integers(0, k // 3, b)
+    want = ce.mine(plan, queries, ce.Bank(keys, video, metric=metric), query_video, backend="reference")
+    found = emulated.mine(
+        native, plan, queries, keys, video=video, query_video=query_video, metric=metric, split_keys=split_keys
+    )
+    np.testing.assert_array_equal(found.index, want.index)
+    np.testing.assert_array_equal(found.similarity, want.similarity)
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("seed", range(40))
 def test_emulated_mine_under_many_schedules(native, seed):

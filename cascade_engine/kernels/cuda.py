@@ -11,7 +11,7 @@ from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from cascade_engine.bank import METRICS
+from cascade_engine.bank import METRICS, Bank
 from cascade_engine.errors import BackendUnavailable, CudaError
 from cascade_engine.kernels import MineRequest, Selection, SelectRequest
 from cascade_engine.plan import FUSIONS, CascadePlan
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
 WORKSPACE_LIMIT = 1 << 30  # bytes; queries go in waves where one launch would need more
+SPLIT_KEYS = 1 << 15  # larger banks than two such splits are preselected split by split
 _DTYPES = ("float32", "float16", "bfloat16", "float64")
 
 
@@ -63,8 +64,10 @@ def _native() -> Any:
 class Engine:
     """Requests as calls of the native module: `cascade_engine._cuda`, or its emulation in the tests."""
 
-    def __init__(self, native: Any, *, workspace_limit: int = WORKSPACE_LIMIT) -> None:
-        self.native, self.workspace_limit = native, workspace_limit
+    def __init__(
+        self, native: Any, *, workspace_limit: int = WORKSPACE_LIMIT, split_keys: int = SPLIT_KEYS, bounds: bool = True
+    ) -> None:
+        self.native, self.workspace_limit, self.split_keys, self.bounds = native, workspace_limit, split_keys, bounds
 
     def mine(self, request: MineRequest) -> Selection:
         """Rank the bank's keys and select.
@@ -78,6 +81,8 @@ class Engine:
         keys = [_rows(bank.keys[view]) for view in views]
         stages = self._stages(request.plan, request.counts)
         out = _Answer(queries[0], request.counts, trace=request.trace)
+        needs_all_scores = request.trace or any(s.score.fusion in ("zsum", "rrf") for s in request.plan.stages)
+        by_bounds = self.bounds and not needs_all_scores
         video = request.exclude.video_id
         query_video = None if video is None else video.to(queries[0].device).long().contiguous()
         key_video = None if query_video is None or bank.video_id is None else bank.video_id.contiguous()
@@ -88,12 +93,14 @@ class Engine:
             stages=stages,
             queries=[_describe(each) for each in queries],
             keys=[_describe(each) for each in keys],
+            packed=[self._packed(bank, view).addresses() if by_bounds else (0, 0, 0) for view in views],
             metric=METRICS.index(bank.metric),
             key_video=_address(key_video),
             query_video=_address(query_video),
             mask=_address(mask),
             **out.addresses(),
             workspace_limit=self.workspace_limit,
+            split_keys=self.split_keys,
         )
         _run(problem, queries[0].device)
         return out.selection()
@@ -116,6 +123,11 @@ class Engine:
         _run(problem, scores[0].device)
         return out.selection()
 
+    def _packed(self, bank: Bank, view: str) -> Packed:
+        """The view's keys as halves, made at the bank's first search."""
+        metric = METRICS.index(bank.metric)
+        return bank.prepared(("cuda", view), lambda: Packed(self.native, _rows(bank.keys[view]), metric))
+
     def _stages(self, plan: CascadePlan, counts: Sequence[int]) -> list[tuple[list[int], int, int, bool]]:
         most_views, most_stages = self.native.MAX_VIEWS, self.native.MAX_STAGES
         if len(plan.views) > most_views or len(plan.stages) > most_stages:
@@ -132,6 +144,33 @@ class Engine:
             )
             for stage, count in zip(plan.stages, counts, strict=True)
         ]
+
+
+class Packed:
+    """A view's keys as the tensor cores take them: halves, and what rounding took away."""
+
+    def __init__(self, native: Any, keys: Any, metric: int) -> None:
+        import torch
+
+        rows, columns = keys.shape
+        device = keys.device
+        self.halves = torch.empty((rows, native.packed_pitch(columns)), dtype=torch.float16, device=device)
+        self.squares = torch.empty(rows, dtype=torch.float32, device=device)
+        self.range = torch.zeros(native.PACKED_RANGE_BYTES, dtype=torch.uint8, device=device)
+        with _on(device):
+            native.pack(
+                keys=_describe(keys),
+                packed=self.addresses(),
+                metric=metric,
+                first=0,
+                rows=rows,
+                measure=True,
+                stream=_stream(device),
+            )
+
+    def addresses(self) -> tuple[int, int, int]:
+        """Where the native module finds it."""
+        return _address(self.halves), _address(self.squares), _address(self.range)
 
 
 class _Answer:
@@ -165,11 +204,19 @@ def _run(problem: Any, device: Any) -> None:
 
     with _on(device):
         workspace = torch.empty(problem.workspace(), dtype=torch.uint8, device=device)
-        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
         try:
-            problem.run(_address(workspace), stream)
+            problem.run(_address(workspace), _stream(device))
         except RuntimeError as error:
             raise CudaError(str(error)) from None
+
+
+def _stream(device: Any) -> int:
+    """The address of torch's current stream."""
+    if device.type != "cuda":
+        return 0
+    import torch
+
+    return int(torch.cuda.current_stream(device).cuda_stream)
 
 
 def _on(device: Any) -> AbstractContextManager[Any]:

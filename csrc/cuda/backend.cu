@@ -36,13 +36,18 @@ StreamLauncher on(void* stream) { return {static_cast<cudaStream_t>(stream)}; }
 
 }  // namespace
 
+int64_t packed_pitch(int64_t columns) { return ceil_div(columns, kPackedChunk) * kPackedChunk; }
+void pack(const PackProblem& problem, void* stream) {
+  auto launcher = on(stream);
+  pack_over(launcher, problem);
+}
 size_t mine_workspace(const MineProblem& problem) {
   NoLaunch none;
-  return mine_exactly(none, problem, nullptr);
+  return mine_over(none, problem, nullptr);
 }
 void mine(const MineProblem& problem, void* workspace, void* stream) {
   auto launcher = on(stream);
-  mine_exactly(launcher, problem, workspace);
+  mine_over(launcher, problem, workspace);
 }
 size_t select_workspace(const SelectProblem& problem) {
   NoLaunch none;

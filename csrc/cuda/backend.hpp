@@ -9,15 +9,36 @@
 
 namespace cascade::cuda {
 
+// What pack_rows makes of a view's keys; see pack.cuh.
+struct PackedRange;
+struct PackedKeys {
+  uint16_t* rows;      // [K, pitch] halves of x' (metric cosine: of x / |x|); null where not prepared
+  float* squares;      // [K] |x'|^2
+  PackedRange* range;  // largest values over all rows; zeros at first
+  int64_t pitch;       // halves per row: D rounded up to packed_pitch
+};
+constexpr int kPackedRangeBytes = 24;
+
+struct PackProblem {
+  Matrix keys[kMaxViews];  // [K, D]
+  PackedKeys packed[kMaxViews];
+  int view_count;
+  Metric metric;
+  int64_t first, rows;  // rows first to first + rows - 1
+  bool measure;         // find the longest row first: once per bank, it fixes the scale
+};
+
 struct MineProblem {
   PlanArguments plan;
-  Views views;  // those of the plan, in its numbering
+  Views views;                   // those of the plan, in its numbering
+  PackedKeys packed[kMaxViews];  // of the same views
   Metric metric;
   Exclusion exclude;
   int64_t queries;  // B
   int64_t keys;     // K
   Answer answer;
   int64_t workspace_limit;  // bytes; more queries go in several waves
+  int64_t split_keys;       // banks of more than twice as many keys are preselected in splits of so many
 };
 
 struct SelectProblem {
@@ -29,6 +50,10 @@ struct SelectProblem {
   Answer answer;
   int64_t workspace_limit;
 };
+
+// Halves per packed row of D columns.
+int64_t packed_pitch(int64_t columns);
+void pack(const PackProblem& problem, void* stream);
 
 // The bytes that a call needs, then the call: kernels queued on `stream`, nothing allocated, nothing waited for.
 size_t mine_workspace(const MineProblem& problem);

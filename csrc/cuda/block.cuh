@@ -94,11 +94,12 @@ __device__ Threshold nth_largest(int64_t count, int64_t n, Get get, BlockShared&
 
 enum class Verdict : int { out, in, tied };
 
-// Keeps of `source` (identity where null) what `judge(position, id)` finds in, and the first `need` that are tied, in
-// order. Source and `kept` may be the same array: a round's reads come before its writes, which never overtake.
+// Keeps of `source` (where null: the ids from `first_id` on) what `judge(position, id)` finds in, and the first `need`
+// that are tied, in order. Source and `kept` may be the same array: a round's reads come before its writes, which never
+// overtake.
 template <class Judge>
 __device__ int64_t compact(const uint32_t* source, uint32_t* kept, int64_t count, int64_t need, Judge judge,
-                           BlockShared& shared) {
+                           BlockShared& shared, uint32_t first_id = 0) {
   int64_t in = 0, tied = 0;
   for (int64_t base = 0; base < count; base += kThreads * kItems) {
     uint32_t id[kItems];
@@ -110,7 +111,7 @@ __device__ int64_t compact(const uint32_t* source, uint32_t* kept, int64_t count
       verdict[i] = Verdict::out;
       id[i] = 0;
       if (first + i < count) {
-        id[i] = source != nullptr ? ops::load(source + first + i) : static_cast<uint32_t>(first + i);
+        id[i] = source != nullptr ? ops::load(source + first + i) : first_id + static_cast<uint32_t>(first + i);
         verdict[i] = judge(first + i, id[i]);
       }
       mine += verdict[i] == Verdict::in ? 1 : verdict[i] == Verdict::tied ? uint64_t{1} << 32 : 0;
@@ -135,8 +136,8 @@ __device__ int64_t compact(const uint32_t* source, uint32_t* kept, int64_t count
   return in + (tied < need ? tied : need);
 }
 
-// Whether the ascending list holds `id`.
-__device__ inline bool holds(const uint32_t* list, int64_t count, uint32_t id) {
+// The first place in the ascending list whose id is not under `id`.
+__device__ inline int64_t position(const uint32_t* list, int64_t count, uint32_t id) {
   int64_t low = 0, high = count;
   while (low < high) {
     const int64_t middle = low + (high - low) / 2;
@@ -146,7 +147,13 @@ __device__ inline bool holds(const uint32_t* list, int64_t count, uint32_t id) {
       high = middle;
     }
   }
-  return low < count && ops::load(list + low) == id;
+  return low;
+}
+
+// Whether the ascending list holds `id`.
+__device__ inline bool holds(const uint32_t* list, int64_t count, uint32_t id) {
+  const int64_t at = position(list, count, id);
+  return at < count && ops::load(list + at) == id;
 }
 
 // Keys and ids to sort, in shared or global memory.

@@ -6,6 +6,7 @@
 #include <stdexcept>
 
 #include "cuda/backend.hpp"
+#include "cuda/cascade_bounded.cuh"
 #include "cuda/cascade_exact.cuh"
 
 namespace cascade::cuda {
@@ -140,6 +141,128 @@ size_t mine_exactly(Launcher& launcher, const MineProblem& p, void* workspace) {
                     views, p.keys, p.exclude, first, first, space, p.answer);
   }
   return arena.used();
+}
+
+template <class Launcher>
+void pack_over(Launcher& launcher, const PackProblem& p) {
+  PackArguments arguments{};
+  for (int v = 0; v < p.view_count; ++v) {
+    arguments.keys[v] = p.keys[v];
+    arguments.packed[v] = p.packed[v];
+  }
+  const dim3 grid(static_cast<unsigned>(ceil_div(p.rows, kPackThreads / 32)), static_cast<unsigned>(p.view_count));
+  if (p.measure && p.metric != Metric::cosine) {
+    launcher.launch(measure_rows, grid, kPackThreads, 0, arguments, p.first, p.rows);
+  }
+  launcher.launch(pack_rows, grid, kPackThreads, 0, arguments, p.metric, p.first, p.rows);
+}
+
+constexpr int64_t kWidePitch = 512;     // halves: a tile of 64 such queries takes 64 KiB of shared memory
+constexpr int64_t kNarrowPitch = 2048;  // and a tile of 16 of these the same
+constexpr int64_t kTargetBlocks = 528;  // four on each SM of an H100
+
+inline int64_t widest(const MineProblem& p) {
+  int64_t pitch = 0;
+  for (int v = 0; v < p.plan.view_count; ++v) {
+    pitch = std::max(pitch, p.packed[v].pitch);
+  }
+  return pitch;
+}
+
+// Whether bounds decide this plan: every view prepared and not too wide, no ranks or deviations to know, no trace.
+inline bool boundable(const MineProblem& p) {
+  for (int v = 0; v < p.plan.view_count; ++v) {
+    if (p.packed[v].rows == nullptr) {
+      return false;
+    }
+  }
+  for (int s = 0; s < p.plan.stage_count; ++s) {
+    const Fusion fusion = p.plan.stages[s].fusion;
+    if (fusion == Fusion::zsum || fusion == Fusion::rrf || p.answer.kept[s] != nullptr) {
+      return false;
+    }
+  }
+  return widest(p) <= kNarrowPitch;
+}
+
+// Keys of a split; more than asked for where a grid could not number the splits.
+inline int64_t split_size(const MineProblem& p) { return std::max(p.split_keys, ceil_div(p.keys, 65535)); }
+
+// Splits of the keys that are preselected apart; 0 where the whole cascade sees all keys at once.
+inline int64_t preselected_splits(const MineProblem& p) {
+  const bool worth = p.keys > 2 * split_size(p) && p.plan.stages[0].keep <= split_size(p) / 2;
+  return worth && !ranks_bank_later(p.plan) ? ceil_div(p.keys, split_size(p)) : 0;
+}
+
+struct BoundMemory {
+  BoundSpace bounds;
+  BoundedSpace lists;
+};
+
+inline BoundMemory take_bound_memory(Arena& arena, const MineProblem& p, int64_t rows) {
+  BoundMemory m{};
+  m.bounds.stride = ceil_div(p.keys, 8) * 8;
+  m.bounds.bounds = arena.take<uint16_t>(p.plan.view_count * rows * m.bounds.stride);
+  m.bounds.meaning = arena.take<BoundMeaning>(p.plan.view_count * rows);
+  m.lists.alive = arena.take<uint32_t>(rows * p.keys);
+  if (ranks_bank_later(p.plan)) {
+    m.lists.eligible = arena.take<uint32_t>(rows * p.keys);
+    m.lists.chosen = arena.take<uint32_t>(rows * p.keys);
+  }
+  const int64_t sorted = power_of_two(std::min(p.plan.stages[p.plan.stage_count - 1].keep, p.keys));
+  if (sorted > kBand) {
+    m.lists.pair_stride = sorted;
+    m.lists.pairs.key = arena.take<uint64_t>(rows * sorted);
+    m.lists.pairs.id = arena.take<uint32_t>(rows * sorted);
+  }
+  if (const int64_t splits = preselected_splits(p); splits > 0) {
+    m.lists.split_counts = arena.take<int64_t>(rows * splits);
+    m.lists.split_keys = split_size(p);
+  }
+  return m;
+}
+
+// Bounds on tensor cores, then all stages; float64 for the undecided band only.
+template <class S, class Launcher>
+size_t mine_by_bounds(Launcher& launcher, const MineProblem& p, void* workspace) {
+  const int64_t wave = wave_rows(p.queries, p.workspace_limit, [&](int64_t rows) {
+    Arena arena(nullptr);
+    take_bound_memory(arena, p, rows);
+    return arena.used();
+  });
+  Arena arena(workspace);
+  const BoundMemory m = take_bound_memory(arena, p, wave);
+  BoundViews views{};
+  for (int v = 0; v < p.plan.view_count; ++v) {
+    views.queries[v] = p.views.view[v].queries;
+    views.keys[v] = p.packed[v];
+  }
+  const auto view_count = static_cast<unsigned>(p.plan.view_count);
+  for (int64_t first = 0; first < p.queries; first += wave) {
+    const int64_t rows = std::min(wave, p.queries - first);
+    const int64_t query_tiles = ceil_div(rows, S::queries);
+    const int64_t sharing =
+        std::clamp<int64_t>(kTargetBlocks / (query_tiles * view_count), 1, ceil_div(p.keys, kBoundKeys));
+    const dim3 grid(static_cast<unsigned>(sharing), static_cast<unsigned>(query_tiles), view_count);
+    launcher.launch(bound_scores<S>, grid, kBoundThreads, bound_shared_bytes<S>(widest(p)), views, p.metric, p.keys,
+                    first, rows, m.bounds);
+    if (const int64_t splits = preselected_splits(p); splits > 0) {
+      launcher.launch(preselect, dim3(static_cast<unsigned>(rows), static_cast<unsigned>(splits)), kThreads,
+                      sizeof(BoundedShared), p.plan, p.views, p.metric, p.keys, p.exclude, first, m.bounds, m.lists);
+    }
+    launcher.launch(cascade_over_bounds, dim3(static_cast<unsigned>(rows)), kThreads, sizeof(BoundedShared), p.plan,
+                    p.views, p.metric, p.keys, p.exclude, first, m.bounds, m.lists, p.answer);
+  }
+  return arena.used();
+}
+
+template <class Launcher>
+size_t mine_over(Launcher& launcher, const MineProblem& p, void* workspace) {
+  if (!boundable(p)) {
+    return mine_exactly(launcher, p, workspace);
+  }
+  return widest(p) <= kWidePitch ? mine_by_bounds<WideShape>(launcher, p, workspace)
+                                 : mine_by_bounds<NarrowShape>(launcher, p, workspace);
 }
 
 }  // namespace cascade::cuda

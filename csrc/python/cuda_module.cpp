@@ -21,6 +21,7 @@ namespace {
 
 using Address = uintptr_t;
 using Tensor = std::tuple<Address, int64_t, int64_t, int64_t, int>;
+using Packed = std::tuple<Address, Address, Address>;  // rows, squares, range; zeros where not prepared
 using StageTuple = std::tuple<std::vector<int>, int, int64_t, bool>;
 
 template <class T>
@@ -31,6 +32,28 @@ T* pointer(Address address) {
 Matrix matrix(const Tensor& tensor) {
   const auto& [address, rows, columns, stride, dtype] = tensor;
   return {pointer<const void>(address), rows, columns, stride, static_cast<DType>(dtype)};
+}
+
+cuda::PackedKeys packed_keys(const Packed& packed, int64_t columns) {
+  const auto& [rows, squares, range] = packed;
+  return {pointer<uint16_t>(rows), pointer<float>(squares), pointer<cuda::PackedRange>(range),
+          cuda::packed_pitch(columns)};
+}
+
+void pack(const Tensor& keys, const Packed& packed, int metric, int64_t first, int64_t rows, bool measure,
+          Address stream) {
+  cuda::PackProblem problem{};
+  problem.keys[0] = matrix(keys);
+  problem.packed[0] = packed_keys(packed, problem.keys[0].columns);
+  problem.view_count = 1;
+  problem.metric = static_cast<Metric>(metric);
+  problem.first = first;
+  problem.rows = rows;
+  problem.measure = measure;
+  if (first < 0 || rows < 1 || first + rows > problem.keys[0].rows) {
+    throw py::value_error("expected rows of the keys");
+  }
+  cuda::pack(problem, pointer<void>(stream));
 }
 
 cuda::PlanArguments plan_arguments(const std::vector<StageTuple>& stages, size_t views) {
@@ -72,16 +95,17 @@ cuda::Answer answer(Address index, Address similarity, const std::vector<Address
 }
 
 cuda::MineProblem mine_problem(const std::vector<StageTuple>& stages, const std::vector<Tensor>& queries,
-                               const std::vector<Tensor>& keys, int metric, Address key_video, Address query_video,
-                               Address mask, Address index, Address similarity, const std::vector<Address>& kept,
-                               int64_t workspace_limit) {
+                               const std::vector<Tensor>& keys, const std::vector<Packed>& packed, int metric,
+                               Address key_video, Address query_video, Address mask, Address index, Address similarity,
+                               const std::vector<Address>& kept, int64_t workspace_limit, int64_t split_keys) {
   cuda::MineProblem problem{};
   problem.plan = plan_arguments(stages, queries.size());
-  if (keys.size() != queries.size()) {
+  if (keys.size() != queries.size() || packed.size() != queries.size()) {
     throw py::value_error("expected keys for every view");
   }
   for (size_t v = 0; v < queries.size(); ++v) {
     problem.views.view[v] = {matrix(queries[v]), matrix(keys[v])};
+    problem.packed[v] = packed_keys(packed[v], problem.views.view[v].keys.columns);
     if (problem.views.view[v].queries.columns != problem.views.view[v].keys.columns ||
         std::get<1>(queries[v]) != std::get<1>(queries[0]) || std::get<1>(keys[v]) != std::get<1>(keys[0])) {
       throw py::value_error("expected queries and keys of the same widths and lengths");
@@ -93,6 +117,7 @@ cuda::MineProblem mine_problem(const std::vector<StageTuple>& stages, const std:
   problem.keys = std::get<1>(keys[0]);
   problem.answer = answer(index, similarity, kept);
   problem.workspace_limit = workspace_limit;
+  problem.split_keys = split_keys;
   return problem;
 }
 
@@ -122,11 +147,15 @@ PYBIND11_MODULE(CASCADE_CUDA_MODULE, module) {
   module.attr("MAX_STAGES") = cuda::kMaxStages;
   module.def("unavailable", &cuda::unavailable);
   module.def("devices", &cuda::devices);
+  module.attr("PACKED_RANGE_BYTES") = cuda::kPackedRangeBytes;
+  module.def("packed_pitch", &cuda::packed_pitch, py::arg("columns"));
+  module.def("pack", &python::pack, py::kw_only(), py::arg("keys"), py::arg("packed"), py::arg("metric"),
+             py::arg("first"), py::arg("rows"), py::arg("measure"), py::arg("stream"));
   const auto release = py::call_guard<py::gil_scoped_release>();
   py::class_<cuda::MineProblem>(module, "Mine")
       .def(py::init(&python::mine_problem), py::kw_only(), py::arg("stages"), py::arg("queries"), py::arg("keys"),
-           py::arg("metric"), py::arg("key_video"), py::arg("query_video"), py::arg("mask"), py::arg("index"),
-           py::arg("similarity"), py::arg("kept"), py::arg("workspace_limit"))
+           py::arg("packed"), py::arg("metric"), py::arg("key_video"), py::arg("query_video"), py::arg("mask"),
+           py::arg("index"), py::arg("similarity"), py::arg("kept"), py::arg("workspace_limit"), py::arg("split_keys"))
       .def("workspace", &cuda::mine_workspace)
       .def(
           "run",

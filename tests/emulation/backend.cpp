@@ -16,14 +16,19 @@ struct FiberLauncher {
 
 }  // namespace
 
+int64_t packed_pitch(int64_t columns) { return ceil_div(columns, kPackedChunk) * kPackedChunk; }
+void pack(const PackProblem& problem, void* /*stream*/) {
+  FiberLauncher launcher;
+  pack_over(launcher, problem);
+}
 size_t mine_workspace(const MineProblem& problem) {
   NoLaunch none;
-  return mine_exactly(none, problem, nullptr);
+  return mine_over(none, problem, nullptr);
 }
 void mine(const MineProblem& problem, void* workspace, void* /*stream*/) {
   FiberLauncher launcher;
   std::memset(workspace, 0xFF, mine_workspace(problem));
-  mine_exactly(launcher, problem, workspace);
+  mine_over(launcher, problem, workspace);
 }
 size_t select_workspace(const SelectProblem& problem) {
   NoLaunch none;
