@@ -2,38 +2,45 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
+from torch import Tensor
 
 from cascade_engine.bank import Bank
 from cascade_engine.errors import InvalidInput
 from cascade_engine.mining import Positives, mine
+from cascade_engine.nce import nce
 from cascade_engine.plan import CascadePlan
+from cascade_engine.tensor import dtype_name, is_torch, like
+from cascade_engine.tracing import phase
 
 Reduction = Literal["logsumexp", "mean_log"]
 Siblings = Literal["positive", "ignore", "negative"]
+SelfPositive = Literal["always", "never"] | float
 
 
 def multi_positive_nce(
-    query: torch.Tensor,
-    key: torch.Tensor,
+    query: Tensor,
+    key: Tensor,
     bank: Bank,
     positives: Positives,
     *,
     view: str | None = None,
     temperature: float = 0.07,
     reduction: Reduction = "logsumexp",
-    self_positive: Literal["always", "never"] | float = "always",
+    self_positive: SelfPositive = "always",
     siblings: Siblings = "positive",
-    query_video_id: torch.Tensor | None = None,
+    query_video_id: object = None,
     generator: torch.Generator | None = None,
-) -> torch.Tensor:
+) -> Tensor:
     """Contrast each query with its own key and its positives against all keys of the bank.
 
     Scores are ``query . x / temperature`` over x in {own key} + bank. P is the own key (unless dropped), the mined
     positives, and siblings where they count as positives. Gradients flow to `query` and `key`, never to the bank.
+    No (B, K) array is made. Half-precision queries are scored in float32, and so is the loss returned.
 
     Args:
         query: (B, D).
@@ -45,7 +52,8 @@ def multi_positive_nce(
         reduction: ``"logsumexp"``: LSE_all - LSE_P (MI-InfoNCE); ``"mean_log"``: LSE_all - mean_P (SupCon-out).
         self_positive: ``"always"``, ``"never"``, or the probability with which the own key leaves P (never the
             denominator) where P has another member.
-        siblings: keys of the query's own video: ``"positive"``, ``"ignore"`` (in neither sum) or ``"negative"``.
+        siblings: keys of the query's own video: ``"positive"``, ``"ignore"`` (in neither sum) or ``"negative"``
+            (in the denominator only); a mined sibling is a sibling first.
         query_video_id: (B,), needed to know siblings; without it there are none.
         generator: draws which own keys are dropped.
 
@@ -54,70 +62,143 @@ def multi_positive_nce(
 
     Raises:
         InvalidInput: an argument is wrong.
-        StaleBank: `bank` is a queue's snapshot that has been overwritten.
+        StaleBank: `bank` is a queue's snapshot that has been overwritten, before this call or before its backward.
 
     Source: Wu et al., CVPRW 2022, equation 2; Han et al., NeurIPS 2020 (CoCLR), equation 3; Khosla et al., NeurIPS
         2020.
     """
+    with phase("loss"):
+        if not (temperature > 0 and math.isfinite(temperature)):
+            raise InvalidInput(f"temperature: expected a finite number above 0, got {temperature}")
+        if reduction not in get_args(Reduction):
+            raise InvalidInput(f"reduction: expected one of {', '.join(get_args(Reduction))}, got {reduction!r}")
+        if siblings not in get_args(Siblings):
+            raise InvalidInput(f"siblings: expected one of {', '.join(get_args(Siblings))}, got {siblings!r}")
+        pairs = _pairs(query, key, bank, positives, view, siblings, query_video_id)
+        drop = _dropped(self_positive, query, generator)
+        wide = torch.promote_types(query.dtype, torch.float32)
+        scored = query.to(wide)
+        own = (scored * key.to(wide)).sum(1) / temperature
+        may_stay = self_positive != "never"
+        options = (temperature, may_stay, siblings == "ignore", reduction == "mean_log")
+        each, _, _, others = nce(scored, own, *pairs, drop, *options)
+        _watch(each, bank)
+        counted = (others > 0) | may_stay
+        mean: Tensor = each.sum() / counted.sum().clamp(min=1)
+        return mean.to(wide)
+
+
+def _dropped(self_positive: SelfPositive, query: Tensor, generator: torch.Generator | None) -> Tensor:
+    """(B,) bool: whose own key is to leave P, should P have another member."""
+    if self_positive in ("always", "never"):
+        return torch.zeros(len(query), dtype=torch.bool, device=query.device)
+    if isinstance(self_positive, str) or not 0 <= self_positive <= 1:
+        raise InvalidInput(f"self_positive: expected 'always', 'never' or a probability, got {self_positive!r}")
+    return torch.rand(len(query), generator=generator, device=query.device) < self_positive
+
+
+class _Pairs(NamedTuple):
+    """The bank's side of the operator's arguments; see `nce`."""
+
+    keys: Tensor
+    slot: Tensor
+    row: Tensor
+    near: Tensor
+    query_video: Tensor
+    key_video: Tensor
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _pairs(
+    query: Tensor,
+    key: Tensor,
+    bank: Bank,
+    positives: Positives,
+    view: str | None,
+    siblings: Siblings,
+    query_video_id: object,
+) -> _Pairs:
+    """Check the arguments and list who is a member of P and who may be a sibling; their number depends on the data."""
     bank.ensure_fresh()
-    if view is None:
-        if len(bank.views) != 1:
-            raise InvalidInput(f"view: expected one of {', '.join(bank.views)}, got none")
-        view = bank.views[0]
-    keys = torch.as_tensor(bank.keys[view]).to(query.dtype)
-    scores = torch.cat([(query * key).sum(1, keepdim=True), query @ keys.T], 1) / temperature
-    member = torch.zeros_like(scores, dtype=torch.bool)
-    mined = torch.as_tensor(positives.index, device=query.device)
-    rows = torch.arange(len(query), device=query.device)[:, None].expand_as(mined)
-    member[rows[mined >= 0], mined[mined >= 0] + 1] = True
+    keys = _keys(query, key, bank, view)
+    index = _on(positives.index, query, "positives.index", torch.int64)
+    if index.ndim != 2 or len(index) != len(query):
+        raise InvalidInput(f"positives.index: expected ({len(query)}, k) int64, got {tuple(index.shape)}")
+    if index.device.type == "cpu" and index.numel() and int(index.max()) >= bank.size:
+        raise InvalidInput(f"positives.index: expected slots under {bank.size}, got {int(index.max())}")
+    none = torch.zeros(0, dtype=torch.int64, device=query.device)
+    query_video = key_video = near = none
+    index = index.sort(1).values
+    member = index >= 0
+    member[:, 1:] &= index[:, 1:] != index[:, :-1]
     if query_video_id is not None:
-        own = torch.as_tensor(query_video_id)[:, None] == torch.as_tensor(bank.video_id)[None]
-        if siblings == "positive":
-            member[:, 1:] |= own
-        elif siblings == "ignore":
-            member[:, 1:] &= ~own
-            scores = torch.cat([scores[:, :1], scores[:, 1:].masked_fill(own, -torch.inf)], 1)
-        else:
-            member[:, 1:] &= ~own
-    member[:, 0] = _own_key_kept(self_positive, member[:, 1:].any(1), generator)
-    counted = member.any(1)
-    if reduction == "logsumexp":
-        reached = torch.logsumexp(scores.masked_fill(~member, -torch.inf), 1)
-    else:
-        reached = scores.masked_fill(~member, 0).sum(1) / member.sum(1).clamp(min=1)
-    each = torch.logsumexp(scores, 1) - torch.where(counted, reached, 0)
-    return torch.where(counted, each, 0).sum() / counted.sum().clamp(min=1)
+        if bank.video_id is None:
+            raise InvalidInput("query_video_id: expected a bank with video_id to know siblings, got a bank without")
+        query_video = _on(query_video_id, query, "query_video_id", torch.int64)
+        if query_video.shape != (len(query),):
+            raise InvalidInput(f"query_video_id: expected ({len(query)},) integers, got {tuple(query_video.shape)}")
+        key_video = _on(bank.video_id, query, "bank.video_id", torch.int64)
+        if bank.size:
+            member &= key_video[index.clamp(min=0)] != query_video[:, None]
+        if siblings != "negative" and len(query):
+            known = torch.unique(query_video)
+            at = torch.searchsorted(known, key_video).clamp(max=len(known) - 1)
+            near = (known[at] == key_video).nonzero()[:, 0]
+    row, column = member.nonzero(as_tuple=True)
+    slot, order = index[row, column].sort(stable=True)
+    return _Pairs(keys, slot, row[order], near, query_video, key_video)
 
 
-def _own_key_kept(
-    self_positive: Literal["always", "never"] | float, others: torch.Tensor, generator: torch.Generator | None
-) -> torch.Tensor:
-    """(B,) bool: whether the own key is in P, given whether P has another member."""
-    if self_positive == "always":
-        return torch.ones_like(others)
-    if self_positive == "never":
-        return torch.zeros_like(others)
-    if not 0 <= self_positive <= 1:
-        raise InvalidInput(f"self_positive: expected 'always', 'never' or a probability, got {self_positive}")
-    drop = torch.rand(others.shape, generator=generator, device=others.device) < self_positive
-    return ~(drop & others)
+def _keys(query: Tensor, key: Tensor, bank: Bank, view: str | None) -> Tensor:
+    """The bank's keys in one view, on the query's device, after the shapes have been checked."""
+    if view is None and len(bank.views) == 1:
+        view = bank.views[0]
+    if view is None or view not in bank.keys:
+        raise InvalidInput(f"view: expected one of {', '.join(bank.views)}, got {repr(view) if view else 'none'}")
+    width = bank.keys[view].shape[1]
+    for name, value in (("query", query), ("key", key)):
+        got = f"{tuple(value.shape)} {dtype_name(value)} on {value.device}"
+        if value.ndim != 2 or value.shape[1] != width or not value.is_floating_point():
+            raise InvalidInput(f"{name}: expected (B, {width}) of a floating type, got {got}")
+        if value.shape != query.shape or str(value.device) != bank.device:
+            raise InvalidInput(f"{name}: expected {tuple(query.shape)} on {bank.device}, got {got}")
+    keys = bank.keys[view]
+    # `.data` does not share the version counter: a push that fills an empty slot must not stop a backward pass, and
+    # one that overwrites a key of the snapshot is caught by the bank's own guard.
+    found: Tensor = keys.data if is_torch(keys) else like(keys, query)
+    return found
+
+
+def _on(value: Any, query: Tensor, name: str, dtype: torch.dtype) -> Tensor:
+    """`value` as a tensor on the query's device."""
+    found: Tensor = torch.as_tensor(value, device=query.device)
+    if found.is_floating_point() or found.is_complex():
+        raise InvalidInput(f"{name}: expected integers, got {dtype_name(found)}")
+    return found.to(dtype)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _watch(each: Tensor, bank: Bank) -> None:
+    """Let a backward pass begin only while the bank still holds the keys that the losses were computed from."""
+    if each.requires_grad:
+        each.register_hook(lambda _: bank.ensure_fresh())  # type: ignore[no-untyped-call]
 
 
 def mine_and_contrast(
     plan: CascadePlan,
     queries: Mapping[str, Any],
-    key: torch.Tensor,
+    key: Tensor,
     bank: Bank,
     *,
     view: str,
     exclude: object = None,
     temperature: float = 0.07,
     reduction: Reduction = "logsumexp",
-    self_positive: Literal["always", "never"] | float = "always",
+    self_positive: SelfPositive = "always",
     siblings: Siblings = "positive",
-    query_video_id: torch.Tensor | None = None,
+    query_video_id: object = None,
     generator: torch.Generator | None = None,
-) -> tuple[Positives, torch.Tensor]:
+) -> tuple[Positives, Tensor]:
     """`mine`, then `multi_positive_nce` of ``queries[view]`` with what was found; equal to the two calls.
 
     Args:
@@ -134,7 +215,7 @@ def mine_and_contrast(
         query_video_id: see there.
         generator: see there.
     """
-    found = mine(plan, {name: value.detach() for name, value in queries.items()}, bank, exclude)
+    found = mine(plan, queries, bank, exclude)
     loss = multi_positive_nce(
         queries[view],
         key,

@@ -122,4 +122,4 @@ def test_the_trace_holds_the_engines_phases(tmp_path):
     )
     assert done.exit_code == 0
     names = {event.get("name") for event in json.loads(to.read_text())["traceEvents"]}
-    assert {"cascade::mine", "cascade::push"} <= names
+    assert {"cascade::mine", "cascade::loss", "cascade::push"} <= names
