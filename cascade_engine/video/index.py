@@ -94,13 +94,9 @@ class VideoIndex:
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(COLUMNS)
         for entry in self.entries:
-            file = entry.path
-            if file.is_absolute() and file.is_relative_to(path.absolute().parent):
+            file = entry.path.absolute()
+            if file.is_relative_to(path.absolute().parent):
                 file = file.relative_to(path.absolute().parent)
-            elif not file.is_absolute():
-                file = file.absolute()
-                if file.is_relative_to(path.absolute().parent):
-                    file = file.relative_to(path.absolute().parent)
             end = "" if entry.end is None else repr(entry.end)
             start = repr(entry.start) if entry.start else ""
             writer.writerow([str(file), entry.label or "", entry.split or "", start, end, entry.group or ""])
@@ -177,7 +173,7 @@ class VideoIndex:
             InvalidInput: a list is missing, or names a class that classInd.txt does not.
         """
         videos, lists = Path(videos), Path(lists)
-        numbered = dict(line.split(maxsplit=1) for line in _lines(lists / "classInd.txt"))
+        numbered = _class_numbers(lists / "classInd.txt")
         known = set(numbered.values())
         entries = []
         for split in ("train", "test"):
@@ -234,9 +230,8 @@ class VideoIndex:
         """
         videos = Path(videos)
         by_name = {file.stem: file for file in sorted(_videos_under(videos))}
-        single = isinstance(tables, str | PathLike)
         entries, missing = [], []
-        for table in [Path(tables)] if single else [Path(table) for table in tables]:  # type: ignore[arg-type,union-attr]
+        for table in map(Path, [tables] if isinstance(tables, str | PathLike) else tables):
             rows = csv.DictReader(io.StringIO(_text(table), newline=""))
             if not {"youtube_id", "time_start", "time_end"} <= set(rows.fieldnames or []):
                 raise InvalidInput(f"{table}: expected youtube_id, time_start and time_end, got {rows.fieldnames}")
@@ -289,6 +284,17 @@ def _text(path: Path) -> str:
 
 def _lines(path: Path) -> list[str]:
     return [line.strip() for line in _text(path).splitlines() if line.strip()]
+
+
+def _class_numbers(file: Path) -> dict[str, str]:
+    """UCF101's class index: number to class."""
+    found = {}
+    for line in _lines(file):
+        number, _, label = line.partition(" ")
+        if not number.isdecimal() or not label.strip():
+            raise InvalidInput(f"{file}: expected a number and a class, got {line!r}")
+        found[number] = label.strip()
+    return found
 
 
 def _seconds(text: str | None, where: str) -> float | None:
