@@ -36,14 +36,18 @@ def moving(frames=12, height=64, width=96, step=(2, 0), seed=0):
     return np.repeat(np.stack(shots)[..., None], 3, axis=-1)
 
 
-def write(path, pictures, *, fps=25, codec="libx264", pix_fmt="yuv420p", times=None, options=None):
-    """Encode (T, H, W, 3) uint8 pictures; `times` gives each frame's tick of 1/1000 s instead of a constant rate."""
+def write(path, pictures, *, fps=25, codec="libx264", pix_fmt="yuv420p", times=None, options=None, aspect=1):
+    """Encode (T, H, W, 3) uint8 pictures; `times` gives each frame's tick of 1/1000 s instead of a constant rate.
+
+    `aspect` is the width of a pixel to its height.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as out:
         stream = out.add_stream(codec, rate=fps, options=options or {})
         stream.height, stream.width = pictures.shape[1:3]
         stream.pix_fmt = pix_fmt
+        stream.codec_context.sample_aspect_ratio = aspect
         if times is not None:
             stream.codec_context.time_base = Fraction(1, 1000)
         for number, picture in enumerate(pictures):

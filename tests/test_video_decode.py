@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from cascade_engine.errors import InvalidInput, VideoError
-from cascade_engine.video.decode import VideoReader, probe, read_frames
+from cascade_engine.video.decode import probe, read_frames
+from cascade_engine.video.reader import VideoReader
 
 SHARP = {"crf": "1"}
 
@@ -146,3 +147,29 @@ def test_a_reader_gives_frames_one_by_one(plain):
         first = next(iter(reader.frames()))
     assert first.rgb.shape == (16, 16, 3)
     assert first.motion is None
+
+
+def test_a_strip_no_video_has_is_refused(tmp_path):
+    path = films.write(tmp_path / "strip.mp4", np.zeros((2, 16, 640, 3), np.uint8))
+    for read in (probe, lambda file: read_frames(file, size=32)):
+        with pytest.raises(VideoError, match="640 x 16 is too narrow for a video"):
+            read(path)
+
+
+def test_pixels_that_are_not_square_are_made_square(tmp_path):
+    pictures = films.moving(4, 64, 64)
+    path = films.write(tmp_path / "wide.mp4", pictures, options=SHARP, aspect=2)
+    assert (probe(path).width, probe(path).height) == (128, 64)
+    frames = read_frames(path, size=64)
+    middle = np.repeat(pictures[:, :, 16:48], 2, axis=2)
+    assert np.abs(frames.rgb - middle.astype(float)).mean() < 12
+
+
+def test_a_resolution_that_changes_midway_keeps_the_size_of_frames(tmp_path):
+    small = films.write(tmp_path / "a.ts", films.moving(6, 64, 64))
+    large = films.write(tmp_path / "b.ts", films.moving(6, 128, 160))
+    both = tmp_path / "both.ts"
+    both.write_bytes(small.read_bytes() + large.read_bytes())
+    frames = read_frames(both, size=32)
+    assert frames.rgb.shape == (12, 32, 32, 3)
+    assert (np.diff(frames.time) > 0).all()

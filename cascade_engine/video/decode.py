@@ -6,63 +6,19 @@ what was wrong (`Frames.problem`), so that a batch of videos goes on.
 
 from __future__ import annotations
 
-import logging
-import math
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from fractions import Fraction
+from itertools import islice
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-import av
 import numpy as np
 import numpy.typing as npt
 
-from cascade_engine.errors import InvalidInput, VideoError
-from cascade_engine.video.motion import motion_field
-
-if TYPE_CHECKING:
-    from av.container import InputContainer
-    from av.video.frame import VideoFrame
-    from av.video.stream import VideoStream
-
-log = logging.getLogger(__name__)
-
-MAX_PIXELS = 8192 * 4352  # of one picture, as coded: 8K television and the common 8K cameras pass
-# Containers that hold their own pictures: none that names other files (playlists, image sequences, concatenations).
-_FORMATS = (
-    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,mpegvideo,m4v,h264,hevc,av1,obu,ivf,flv,asf,ogg,gif,apng,"
-    "mxf,rm,dv,wtv,nut,yuv4mpegpipe,mjpeg,vob,h263,vc1,amv,nsv,wav,mp3,aac,flac"
-)
-# Formats without a time for each shown frame (AVI stores none, raw streams have no container): frames are counted.
-_UNTIMED = frozenset({"avi", "h264", "hevc", "m4v", "mpegvideo", "mjpeg", "obu", "vc1"})
-
-Pixels = npt.NDArray[np.uint8]
-
-
-@dataclass(frozen=True, kw_only=True)
-class VideoInfo:
-    """What a video file says of itself, and its first frame."""
-
-    path: Path
-    frames: int  # coded pictures, counted without decoding them
-    fps: float  # average
-    width: int  # as shown: after rotation, pixels made square
-    height: int
-    duration: float  # seconds
-    rotation: int  # degrees counter-clockwise that the player must turn the coded picture
-    pix_fmt: str
-    codec: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Frame:
-    """One decoded picture."""
-
-    rgb: Pixels  # (size, size, 3)
-    time: float  # seconds since the video's first frame
-    motion: npt.NDArray[np.float32] | None  # (size, size, 2) pixels moved since the frame before; None if not asked for
+from cascade_engine.errors import InvalidInput
+from cascade_engine.video.reader import MAX_PIXELS as MAX_PIXELS
+from cascade_engine.video.reader import Frame, VideoReader
+from cascade_engine.video.reader import VideoInfo as VideoInfo
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +26,7 @@ class Frames:
     """The frames of a video or of a part of it, in the order shown."""
 
     path: Path
-    rgb: Pixels  # (T, size, size, 3)
+    rgb: npt.NDArray[np.uint8]  # (T, size, size, 3)
     time: npt.NDArray[np.float64]  # (T,) seconds since the video's first frame
     fps: float  # average
     motion: npt.NDArray[np.float32] | None = None  # (T, size, size, 2) pixels moved since the frame before
@@ -96,8 +52,7 @@ def probe(path: str | PathLike[str], *, max_pixels: int = MAX_PIXELS) -> VideoIn
     Raises:
         VideoError: no such file, not a video, without a picture, or larger than `max_pixels`.
     """
-    reader = VideoReader(path, size=None, max_pixels=max_pixels)
-    with reader:
+    with VideoReader(path, size=None, max_pixels=max_pixels) as reader:
         return reader.info()
 
 
@@ -137,15 +92,10 @@ def read_frames(
     if max_frames is not None and max_frames < 1:
         raise InvalidInput(f"max_frames: expected at least 1, got {max_frames}")
     with VideoReader(path, size=size, motion=motion, max_pixels=max_pixels, threads=threads) as reader:
-        found = []
-        for frame in reader.frames(start, end):
-            found.append(frame)
-            if len(found) == max_frames:
-                break
-        return gather(reader, found)
+        return gather(reader, list(islice(reader.frames(start, end), max_frames)))
 
 
-def gather(reader: VideoReader, found: list[Frame]) -> Frames:
+def gather(reader: VideoReader, found: Sequence[Frame]) -> Frames:
     """Stack decoded pictures into one :class:`Frames`."""
     motion = np.stack([frame.motion for frame in found if frame.motion is not None]) if reader.motion else None
     return Frames(
@@ -156,282 +106,3 @@ def gather(reader: VideoReader, found: list[Frame]) -> Frames:
         motion=motion,
         problem=reader.problem,
     )
-
-
-class VideoReader:
-    """An open video file; frames are decoded as they are asked for.
-
-    Use it with `with`. `problem` is filled while reading.
-
-    Raises:
-        VideoError: from the constructor, where the file holds no readable video stream.
-        InvalidInput: a size under 1.
-    """
-
-    def __init__(
-        self,
-        path: str | PathLike[str],
-        *,
-        size: int | None,
-        motion: bool = False,
-        max_pixels: int = MAX_PIXELS,
-        threads: int = 1,
-    ) -> None:
-        if size is not None and size < 1:
-            raise InvalidInput(f"size: expected at least 1, got {size}")
-        self.path = Path(path)
-        self.size, self.motion = size, motion
-        self.problem: str | None = None
-        self._container = self._open(max_pixels)
-        try:
-            self._stream = self._choose(max_pixels, threads)
-        except BaseException:
-            self._container.close()
-            raise
-        rate = self._stream.average_rate or self._stream.guessed_rate or Fraction(25)
-        self.fps = float(rate)
-        self._counted = self._container.format.name in _UNTIMED
-
-    def __enter__(self) -> VideoReader:
-        """The reader itself."""
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Close the file."""
-        self._container.close()
-
-    def _open(self, max_pixels: int) -> InputContainer:
-        if not self.path.is_file():
-            raise VideoError(f"{self.path}: no such file" if not self.path.exists() else f"{self.path}: not a file")
-        if self.path.stat().st_size == 0:
-            raise VideoError(f"{self.path}: the file is empty")
-        try:
-            # Only the file itself: a playlist or a crafted container must not open other files or the network.
-            return av.open(
-                "file:" + str(self.path.absolute()),
-                metadata_errors="replace",
-                container_options={"protocol_whitelist": "file", "format_whitelist": _FORMATS},
-            )
-        except (av.FFmpegError, OSError, ValueError, MemoryError) as error:
-            raise VideoError(f"{self.path}: not a readable video ({_reason(error)})") from None
-
-    def _choose(self, max_pixels: int, threads: int) -> VideoStream:
-        moving = [stream for stream in self._container.streams.video if not _is_cover(stream)]
-        if not moving:
-            kinds = sorted({stream.type for stream in self._container.streams})
-            raise VideoError(f"{self.path}: no video stream, only {', '.join(kinds) or 'an empty container'}")
-        stream = moving[0]
-        context = stream.codec_context
-        if context is None:
-            raise VideoError(f"{self.path}: no decoder for its video stream")
-        pixels = context.width * context.height
-        if pixels > max_pixels:
-            raise VideoError(
-                f"{self.path}: {context.width} x {context.height} is more than {max_pixels} pixels a frame"
-            )
-        context.thread_count = threads
-        context.options = {"max_pixels": str(max_pixels), **({"flags2": "+export_mvs"} if self.motion else {})}
-        return stream
-
-    def frames(self, start: float = 0.0, end: float | None = None) -> Iterator[Frame]:
-        """The frames whose times lie in [start, end), in the order shown.
-
-        Raises:
-            VideoError: not one frame could be decoded, or none lies in the interval.
-            InvalidInput: `start` is negative or not before `end`.
-        """
-        if start < 0 or not math.isfinite(start) or (end is not None and not end > start):
-            raise InvalidInput(f"start, end: expected 0 <= start < end in seconds, got {start}, {end}")
-        assert self.size is not None, "a reader opened to probe has no frame size"
-        if start > 0 and not self._counted:
-            self._seek(start)
-        decoded = taken = 0
-        last = -math.inf
-        ended = False
-        for frame, time in self._timed():
-            decoded += 1
-            last = time
-            # Half a millisecond of tolerance: seconds written as decimals must not lose or double a frame.
-            if time < start - 0.5e-3:
-                continue
-            if end is not None and time >= end - 0.5e-3:
-                ended = True
-                break
-            taken += 1
-            yield self._convert(frame, time)
-        if taken == 0:
-            raise VideoError(self._nothing(decoded, start, end))
-        if not ended:
-            self._check_end(last)
-
-    def _nothing(self, decoded: int, start: float, end: float | None) -> str:
-        if decoded == 0:
-            return f"{self.path}: no frame can be decoded" + (f" ({self.problem})" if self.problem else "")
-        until = "the end" if end is None else f"{end:g} s"
-        return f"{self.path}: no frame between {start:g} s and {until}"
-
-    def _seek(self, start: float) -> None:
-        base, origin = self._stream.time_base, self._stream.start_time or 0
-        if base is None:
-            return
-        try:
-            self._container.seek(max(0, int(start / base)) + origin, stream=self._stream, backward=True)
-        except av.FFmpegError:  # not seekable: read from the beginning, which is slow and right
-            self._container.seek(0)
-
-    def _timed(self) -> Iterator[tuple[VideoFrame, float]]:
-        """Frames with seconds since the video's start; a frame without a time follows the one before."""
-        base = float(self._stream.time_base or 0)
-        origin = (self._stream.start_time or 0) * base
-        last: float | None = None
-        for frame in self._decoded():
-            if frame.pts is not None and base and not self._counted:
-                time = frame.pts * base - origin
-            else:
-                time = 0.0 if last is None else last + 1 / self.fps
-            if last is not None and time <= last:
-                self._note("frame times run backwards")
-                time = last + 1 / self.fps
-            last = time
-            yield frame, time
-
-    def _decoded(self) -> Iterator[VideoFrame]:
-        """What the decoder gives; a damaged packet is counted and skipped, a damaged container ends the video."""
-        packets = self._container.demux(self._stream)
-        while True:
-            try:
-                packet = next(packets)
-            except StopIteration:
-                return
-            except (av.FFmpegError, OSError) as error:
-                self._note(f"the file is damaged or cut off ({_reason(error)})")
-                return
-            try:
-                yield from packet.decode()
-            except av.FFmpegError as error:
-                if isinstance(error, av.error.EOFError):
-                    return
-                if packet.size:  # the flush at the end repeats what was already counted
-                    self._note(f"damaged data was skipped ({_reason(error)})")
-            if packet.is_corrupt:
-                self._note("damaged data was read")
-
-    def _note(self, problem: str) -> None:
-        if self.problem is None:
-            self.problem = problem
-            log.warning("%s: %s", self.path, problem)
-
-    def _check_end(self, last: float) -> None:
-        """Note a video that stops well before the length it announces (a download or recording cut off)."""
-        announced = self._announced()
-        if announced is not None and last + 1 / self.fps < announced - max(0.5, 3 / self.fps):
-            self._note(f"ends after {last + 1 / self.fps:.2f} of {announced:.2f} s")
-
-    def _announced(self) -> float | None:
-        """Seconds of picture the file announces, None where it does not say (or speaks of its sound, too)."""
-        stream = self._stream
-        if stream.duration and stream.time_base:
-            return float(stream.duration * stream.time_base)
-        told = stream.metadata.get("DURATION", "")  # Matroska: "00:00:02.133000000"
-        parts = told.split(":")
-        if len(parts) == 3:
-            try:
-                return int(parts[0]) * 3600 + int(parts[1]) * 60 + float(parts[2])
-            except ValueError:
-                return None
-        if self._container.duration and len(self._container.streams) == 1:
-            return self._container.duration / av.time_base
-        return None
-
-    def _convert(self, frame: VideoFrame, time: float) -> Frame:
-        """Scale, turn and cut one picture."""
-        assert self.size is not None
-        turned = _quarter_turns(frame.rotation)
-        aspect = _pixel_aspect(self._stream)
-        width, height = scaled_size(frame.width * aspect, frame.height, self.size)
-        try:
-            small = frame.reformat(width=width, height=height, format="rgb24", interpolation="AREA", threads=1)
-            rgb: Any = small.to_ndarray()
-        except (av.FFmpegError, ValueError) as error:
-            raise VideoError(f"{self.path}: frames of format {frame.format.name} cannot be read ({error})") from None
-        field = motion_field(frame, width, height) if self.motion else None
-        rgb = _centre(np.rot90(rgb, turned), self.size)
-        if field is not None:
-            field = _centre(_turn_field(field, turned), self.size)
-        return Frame(rgb=np.ascontiguousarray(rgb), time=time, motion=field)
-
-    def info(self) -> VideoInfo:
-        """What the file says of itself; consumes the reader."""
-        count = 0
-        first: VideoFrame | None = None
-        try:
-            for packet in self._container.demux(self._stream):
-                count += bool(packet.size)
-                if first is None:
-                    first = self._first(packet)
-        except (av.FFmpegError, OSError) as error:
-            self._note(f"the file is damaged or cut off ({_reason(error)})")
-        if first is None:
-            raise VideoError(self._nothing(0, 0.0, None))
-        turned = _quarter_turns(first.rotation)
-        width, height = round(first.width * _pixel_aspect(self._stream)), first.height
-        if turned % 2:
-            width, height = height, width
-        announced = self._announced()
-        return VideoInfo(
-            path=self.path,
-            frames=count,
-            fps=self.fps,
-            width=width,
-            height=height,
-            duration=announced if announced is not None else count / self.fps,
-            rotation=90 * turned,
-            pix_fmt=first.format.name,
-            codec=self._stream.codec_context.name,
-        )
-
-    def _first(self, packet: Any) -> VideoFrame | None:
-        try:
-            frames = packet.decode()
-        except av.FFmpegError as error:
-            self._note(f"damaged data was skipped ({_reason(error)})")
-            return None
-        return frames[0] if frames else None
-
-
-def scaled_size(width: float, height: float, short: int) -> tuple[int, int]:
-    """Width and height after the shorter one is scaled to `short`; neither falls under it."""
-    scale = short / min(width, height)
-    return max(short, round(width * scale)), max(short, round(height * scale))
-
-
-def _reason(error: BaseException) -> str:
-    return getattr(error, "strerror", None) or str(error) or type(error).__name__
-
-
-def _is_cover(stream: VideoStream) -> bool:
-    """Whether the stream is a still picture attached to music, not a video."""
-    return bool(stream.disposition & av.stream.Disposition.attached_pic)
-
-
-def _pixel_aspect(stream: VideoStream) -> float:
-    aspect = stream.sample_aspect_ratio
-    return float(aspect) if aspect else 1.0
-
-
-def _quarter_turns(rotation: int) -> int:
-    """Counter-clockwise quarter turns nearest to `rotation` degrees, 0 to 3."""
-    return round(rotation / 90) % 4
-
-
-def _centre(picture: npt.NDArray[Any], size: int) -> npt.NDArray[Any]:
-    top, left = (picture.shape[0] - size) // 2, (picture.shape[1] - size) // 2
-    return picture[top : top + size, left : left + size]
-
-
-def _turn_field(field: npt.NDArray[np.float32], turned: int) -> npt.NDArray[np.float32]:
-    """A vector field turned counter-clockwise with its picture; y points down, so (x, y) becomes (y, -x)."""
-    field = np.rot90(field, turned)
-    for _ in range(turned):
-        field = np.stack([field[..., 1], -field[..., 0]], axis=-1)
-    return np.ascontiguousarray(field)

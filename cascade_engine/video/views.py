@@ -28,7 +28,8 @@ import numpy.typing as npt
 
 from cascade_engine.errors import InvalidInput
 from cascade_engine.tensor import Array, is_torch
-from cascade_engine.video.decode import Frame, Frames, VideoReader, gather
+from cascade_engine.video.decode import MAX_PIXELS, Frames, gather
+from cascade_engine.video.reader import Frame, VideoReader
 
 FlowMethod: TypeAlias = Literal["dis", "farneback", "tvl1"]
 Stored: TypeAlias = npt.NDArray[np.uint8] | npt.NDArray[np.int8]
@@ -198,8 +199,20 @@ def stream(
     end: float | None = None,
     limit: int | None = None,
     chunk: int = _CHUNK,
+    max_pixels: int = MAX_PIXELS,
 ) -> Iterator[tuple[dict[str, Stored], Frames]]:
-    """As :func:`extract`, in chunks of at most `chunk` frames, so that a long video needs little memory.
+    """As :func:`extract`, in chunks of about `chunk` frames, so that a long video needs little memory.
+
+    Args:
+        path: the video file.
+        views: names among `VIEWS`.
+        size: side of the frames.
+        flow: how optical flow is computed.
+        start: seconds.
+        end: seconds, exclusive.
+        limit: at most so many frames.
+        chunk: frames of a chunk; the last may have one more.
+        max_pixels: the largest coded picture that is decoded at all.
 
     Returns:
         An iterator of (views, the frames they were made of); the chunks' bits do not depend on `chunk`.
@@ -212,7 +225,7 @@ def stream(
     if "flow" in views:
         flow_function(flow)  # refuse before anything is decoded
     motion = any(view.from_stream for view in chosen)
-    with VideoReader(path, size=size, motion=motion) as reader:
+    with VideoReader(path, size=size, motion=motion, max_pixels=max_pixels) as reader:
         held: list[Frame] = []
         # Two frames are held back: a chunk needs the first frame of the next, and the last chunk at least two.
         for frame in islice(reader.frames(start, end), limit):
