@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -16,6 +16,7 @@ import numpy.typing as npt
 from cascade_engine.bank import Bank, Metric
 from cascade_engine.errors import InvalidInput, StoreError
 from cascade_engine.store import changing, filtering
+from cascade_engine.store.checking import Problem, verify
 from cascade_engine.store.columns import Categorical, Dictionary
 from cascade_engine.store.creating import make_phase, make_store, phase_names, read_root
 from cascade_engine.store.files import Files, LocalFiles
@@ -453,6 +454,15 @@ class FeatureStore:
             keys = {name: _tensor(values, device) for name, values in keys.items()}
             ids = {name: _tensor(values, device) for name, values in ids.items()}
         return Bank(keys, ids["video_id"], clip_id=ids["clip_id"], label=label, metric=metric, checked=True)
+
+    def verify(self, phase: str | None = None, progress: Callable[[int], None] = lambda _: None) -> list[Problem]:
+        """Compare the bytes on disk with the checksums of what was committed; an empty list means all is well.
+
+        Args:
+            phase: one phase; all by default.
+            progress: called with the bytes just checked.
+        """
+        return verify(self.path, None if phase is None else (phase,), progress)
 
     def refresh(self) -> None:
         """Move a reader on to the last commit."""
