@@ -110,7 +110,7 @@ def _check_chunks(
         crc = expected.get(number) if count == spec.chunk else tail.crc
         file = folder / spec.path / spec.chunk_file(number)
         written = _written(folder, record, spec, number, count)
-        if not file.exists() and not written:
+        if written is False and not file.exists():
             continue
         data, what = _read(file, count * spec.row_bytes)
         if what:
@@ -121,7 +121,7 @@ def _check_chunks(
 
 
 def _written(folder: Path, record: Record, spec: ArraySpec, number: int, count: int) -> Values | bool:
-    """Which rows of a chunk were given: all of a column's, those present of a view, none of a view nobody filled."""
+    """Which rows of a chunk count: all of a column's, those present of a view, none of a view nobody filled."""
     view = spec.path if spec.path in record.views else spec.path.removeprefix("present-")
     if view not in record.views or (view != spec.path and spec.path != presence_path(view)):
         return True
@@ -135,6 +135,8 @@ def _written(folder: Path, record: Record, spec: ArraySpec, number: int, count: 
         got = np.frombuffer(data, np.int32)[start - part * presence.chunk :]
         held[start - first : start - first + len(got)] = got
     there: Values = held <= record.commit
+    if spec.path == presence_path(view):  # a fill under way writes the number of the commit to come
+        there = there | ((held > read_record(folder).commit + 1) & (held != ABSENT))
     return there if there.any() else False
 
 

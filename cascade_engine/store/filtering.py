@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import operator
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
@@ -73,20 +74,33 @@ def mask(
         part = slice(start, min(start + BLOCK, rows))
         block = {name: _slice(values, part) for name, values in columns.items()}
         walk = _Walk(condition, block, {view: held[part] for view, held in views.items()})
-        out[part] = walk.condition(tree.body)
+        try:
+            out[part] = walk.condition(tree.body)
+        except RecursionError:
+            raise _unreadable(condition) from None
     return out
 
 
 def _parse(condition: str) -> ast.Expression:
     if len(condition) > LONGEST:
         raise InvalidInput(f"where: expected a condition of at most {LONGEST} characters")
+    text = condition.replace("\n", " ").replace("\r", " ")
     try:
-        return ast.parse("(" + condition + "\n)", mode="eval")  # parentheses: leading spaces and line breaks are free
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # an unknown escape in a text stands for itself
+            tree = ast.parse(text.lstrip(), mode="eval")
     except SyntaxError as error:
-        at = max((error.offset or 1) - 1, 1) if error.lineno == 1 else len(condition) + 1
-        raise InvalidInput(f"where: position {min(at, len(condition) + 1)}: {error.msg}, in {condition!r}") from None
+        offset = error.offset or 0  # below 1 where the text ends too early
+        position = min(offset + len(text) - len(text.lstrip()), len(text) + 1) if offset > 0 else len(text) + 1
+        raise InvalidInput(f"where: position {position}: {error.msg}, in {condition!r}") from None
     except (ValueError, RecursionError, MemoryError):
-        raise InvalidInput(f"where: expected a condition, got what cannot be read: {condition[:80]!r}") from None
+        raise _unreadable(condition) from None
+    else:
+        return tree
+
+
+def _unreadable(condition: str) -> InvalidInput:
+    return InvalidInput(f"where: expected a condition, got what cannot be read: {condition[:80]!r}")
 
 
 class _Walk:
@@ -195,11 +209,10 @@ class _Walk:
         return found
 
     def _error(self, node: ast.AST, reason: str) -> InvalidInput:
-        line = getattr(node, "lineno", 1) - 1
-        before = ("(" + self._text).splitlines()
-        offset = len(before[line].encode()[: getattr(node, "col_offset", 0)].decode()) if line < len(before) else 0
-        position = sum(len(each) + 1 for each in before[:line]) + offset
-        return InvalidInput(f"where: position {max(position, 1)}: {reason}, in {self._text!r}")
+        start = len(self._text) - len(self._text.lstrip())
+        before = self._text[start:].encode()[: getattr(node, "col_offset", 0)].decode()
+        position = start + len(before) + 1
+        return InvalidInput(f"where: position {position}: {reason}, in {self._text!r}")
 
 
 def _compare(compare: Callable[[Any, Any], Any], left: _Value, right: _Value) -> Any:
