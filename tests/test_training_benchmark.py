@@ -1,0 +1,136 @@
+"""The training benchmark: runs that repeat, methods that learn what they can, a table that says what was measured."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from cascade_engine.benchmarks import training
+from cascade_engine.benchmarks.moving_digits import DigitFeatures
+from cascade_engine.benchmarks.training_plot import draw
+from cascade_engine.cli.bench import command
+from click.testing import CliRunner
+
+from cascade_engine.errors import InvalidInput
+
+pytest.importorskip("sklearn")
+pytest.importorskip("skimage")
+
+TINY = training.Budget(queue=128, warm=2, epochs=8, batch=32, lr=1e-2, width=32, dim=16)
+
+
+def planted(rng, videos=480, cuts=3, classes=6, width=24):
+    """Two views of vectors: in rgb what is the video's own drowns the class, flow shows the class plainly."""
+    centre = np.random.default_rng(5).standard_normal((classes, width))
+    private = np.where(np.arange(width) < 10, 3.0, 0.5)
+    label, test = np.arange(videos) % classes, np.arange(120) % classes
+
+    def view(loud, label):
+        own = loud * centre[label][:, None] + private * rng.standard_normal((len(label), 1, width))
+        return (own + 0.3 * rng.standard_normal((len(label), cuts, width))).astype(np.float32)
+
+    return DigitFeatures(
+        varied_rgb=view(0.8, label),
+        varied_flow=view(5.0, label),
+        train_rgb=view(0.8, label),
+        train_flow=view(5.0, label),
+        test_rgb=view(0.8, test),
+        test_flow=view(5.0, test),
+        train_label=label,
+        test_label=test,
+    )
+
+
+@pytest.fixture(scope="module")
+def data():
+    return planted(np.random.default_rng(0))
+
+
+@pytest.fixture(scope="module")
+def results(data):
+    torch.set_num_threads(1)
+    said = []
+    found = training.run(data, TINY, training.METHODS, [0], report=said.append)
+    assert len(said) == 1 + len(training.METHODS)
+    return found
+
+
+def test_a_run_repeats_bit_for_bit(data, results):
+    again = training.run(data, TINY, training.find(["CPR", "UberNCE"]), [0], report=lambda line: None)
+    for name in ("start", "CPR", "UberNCE"):
+        assert again["seeds"]["0"][name] == results["seeds"]["0"][name]
+
+
+def test_precision_is_that_of_the_positives(results):
+    found = results["seeds"]["0"]
+    assert found["UberNCE"]["precision"] == 1.0
+    assert "precision" not in found["start"]
+    assert found["InfoNCE"]["precision"] is None
+    assert abs(found["random"]["precision"] - 1 / 6) < 0.05
+    assert found["CoCLR"]["precision"] > 0.9
+
+
+def test_labels_and_a_good_oracle_teach_what_random_positives_do_not(results):
+    found = {name: figures["R@1"] for name, figures in results["seeds"]["0"].items()}
+    assert found["UberNCE"] > found["random"] + 0.3
+    assert found["CoCLR"] > found["random"] + 0.3
+
+
+def test_a_noise_oracle_mines_at_chance(data):
+    budget = replace(TINY, oracle="noise", epochs=1)
+    found = training.run(data, budget, training.find(["CoCLR"]), [0], report=lambda line: None)
+    assert abs(found["seeds"]["0"]["CoCLR"]["precision"] - 1 / 6) < 0.05
+
+
+def test_the_table_and_the_plot_show_every_method(results, tmp_path):
+    table = training.table(results)
+    assert len(table.splitlines()) == 2 + 1 + len(training.METHODS)
+    for method in training.METHODS:
+        assert f"| {method.name} |" in table
+    draw(results, tmp_path / "plot.svg")
+    assert "</svg>" in (tmp_path / "plot.svg").read_text()
+
+
+def test_paired_differences_are_taken_seed_by_seed():
+    rows = {
+        str(seed): {"CoCLR": {"R@1": base}, "CPR": {"R@1": base + step}}
+        for seed, base, step in ((0, 0.2, 0.02), (1, 0.6, 0.04), (2, 0.4, -0.03))
+    }
+    line = next(line for line in training.table({"seeds": rows}).splitlines() if line.startswith("| CPR"))
+    assert "1.0 ± 3.6, above in 2 of 3" in line
+
+
+def test_unknown_methods_are_refused():
+    assert [method.name for method in training.find(["cpr", "coclr"])] == ["CoCLR", "CPR"]
+    with pytest.raises(InvalidInput, match="UberNCE"):
+        training.find(["nosuch"])
+
+
+def test_the_command_trains_writes_and_shows(tmp_path):
+    to, image = tmp_path / "r.json", tmp_path / "r.png"
+    sizes = [
+        "--data",
+        str(tmp_path),
+        "--train",
+        "128",
+        "--test",
+        "60",
+        "--queue",
+        "64",
+        "--warm",
+        "1",
+        "--epochs",
+        "1",
+        "--seeds",
+        "1",
+    ]
+    chosen = ["--method", "CPR", "--json", str(to)]
+    done = CliRunner().invoke(command, ["training", *sizes, *chosen], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    results = json.loads(to.read_text())
+    assert results["data"] == {"train": 128, "test": 60, "classes": 60}
+    assert set(results["seeds"]["0"]) == {"start", "CPR"}
+    shown = CliRunner().invoke(command, ["training", "--from", str(to), "--plot", str(image)], catch_exceptions=False)
+    assert training.table(results) in shown.output
+    assert image.read_bytes().startswith(b"\x89PNG")
