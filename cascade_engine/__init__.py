@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from cascade_engine.plan import CascadePlan as CascadePlan
     from cascade_engine.queue import KeyQueue as KeyQueue
     from cascade_engine.store import FeatureStore as FeatureStore
+    from cascade_engine.training.loop import train as train
 
 _HOME = {
     "Bank": "bank",
@@ -31,6 +32,7 @@ _HOME = {
     "mine_self": "mining",
     "multi_positive_nce": "loss",
     "select": "mining",
+    "train": "training.loop",
 }
 __all__ = sorted(_HOME)
 

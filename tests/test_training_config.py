@@ -48,7 +48,7 @@ def test_what_is_written_reads_back(tmp_path):
         ("phase.2.inherit=rgb2", "phase.2.inherit: expected one of latest, initial, rgb, got 'rgb2'"),
         ("phase.3.name=rgb", "phase.3.name: expected a name of its own"),
         ("phase.1.epochs=0", "phase.1: expected epochs of at least 1"),
-        ("loss.pairs=cross", "phase.1.oracles: expected a view for cross-view pairs"),
+        ("phase.1.pairs=cross", "phase.1: oracles: expected a view for pairs = 'cross', got none"),
         ("seed", "set: expected key=value"),
     ],
 )
@@ -85,13 +85,12 @@ def encoders():
 
 def test_a_run_hands_out_the_encoders_of_its_phases(tmp_path):
     run = Run.create(tmp_path / "r", TrainConfig(phase=PHASES))
-    channels = {"rgb": 3, "flow": 2}
     first, trained = encoders(), encoders()
-    run.save_encoders("initial", first, channels)
+    run.save_encoders("initial", first)
     assert run.phases == ()
     assert run.trained_in("flow") == "initial"
-    run.save_encoders("rgb", {"rgb": trained["rgb"]}, channels)
-    run.save_encoders("flow", {"flow": trained["flow"]}, channels)
+    run.save_encoders("rgb", {"rgb": trained["rgb"]})
+    run.save_encoders("flow", {"flow": trained["flow"]})
 
     opened = Run.open(tmp_path / "r")
     assert opened.config == run.config

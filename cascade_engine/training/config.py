@@ -12,16 +12,18 @@ from cascade_engine.errors import InvalidInput
 from cascade_engine.models.encoder import ENCODERS
 from cascade_engine.plan import PRESETS, CascadePlan, Keep, Stage
 from cascade_engine.training.settings import build, option, override, read_toml
+from cascade_engine.video.views import chosen_views
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Where the clips come from."""
 
-    source: str = option("", "folder of videos, CSV index (path,label,split), 'mocap15', or '' for a cache made before")
+    source: str = option("", "folder of videos, CSV index, mocap15:N (N videos a class), or '' for a cache made before")
     cache: str = option("cache", "folder that keeps the decoded frames of every view")
+    size: int = option(64, "side of the cached frames, in pixels")
     train_split: str = option("train", "the videos trained on; '' for all")
-    flow: str = option("dis", "optical flow by: dis, farneback, tvl1")
+    flow: Literal["dis", "farneback", "tvl1"] = option("dis", "how optical flow is computed")
     workers: int = option(0, "processes that prepare batches; the batches do not depend on their number")
 
 
@@ -30,21 +32,21 @@ class ClipConfig:
     """What a clip is."""
 
     frames: int = option(8, "frames per clip")
-    size: int = option(56, "height and width of the cached frames, in pixels")
-    crop: int = option(48, "height and width that the encoder sees, in pixels")
+    size: int = option(56, "side that the encoder sees, in pixels")
     stride: int = option(1, "cached frames from one frame of a clip to the next")
     two_clips: bool = option(True, "query and key are two clips of a video, not one clip augmented twice")
 
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
-    """Augmentations, drawn once per clip, alike for all its frames."""
+    """Augmentations, drawn once per clip, alike for all its frames and views."""
 
     flip: float = option(0.5, "probability of a horizontal flip (flow's horizontal sign turns with it)")
-    area: float = option(0.5, "smallest share of the frame that a random crop shows")
-    jitter: float = option(0.4, "strength of brightness, contrast and saturation changes of rgb")
-    gray: float = option(0.2, "probability of gray rgb")
-    blur: float = option(0.0, "probability of blurred rgb")
+    area: float = option(0.5, "smallest share of the picture that a random crop shows")
+    jitter: float = option(0.8, "probability of other colours, in rgb")
+    strength: float = option(0.4, "of the changes of brightness, contrast and saturation; a quarter of it for the hue")
+    gray: float = option(0.2, "probability of gray, in rgb")
+    blur: float = option(0.0, "probability of a blur, in rgb")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +84,6 @@ class LossConfig:
         "always", "own key among the positives: always, never, or the probability to drop it where there are others"
     )
     siblings: Literal["positive", "ignore", "negative"] = option("positive", "keys of the query's own video")
-    pairs: Literal["same", "cross", "both"] = option("same", "keys of the query's view, of the first oracle, or both")
     negatives: tuple[Literal["repeat", "shuffle"], ...] = option(
         (), "the query's own clip, spoilt in time, as further negatives: repeat, shuffle"
     )
@@ -135,6 +136,7 @@ class PhaseConfig:
     top_k: int = option(0, "positives per query; 0: as many as the plan says")
     positives: str = option("plan", "plan; labels (the supervised bound); or a table made by `cascade mine`")
     anchor: Literal["query", "key"] = option("query", "mine with the query's embedding or with its key's")
+    pairs: Literal["same", "cross", "both"] = option("same", "keys of the query's view, of the first oracle, or both")
     mine_from: float = option(1.0, "share of the bank that must be filled before positives are mined")
     epochs: int = option(10, "passes over the training videos")
     lr: float = option(1e-3, "highest learning rate")
@@ -150,6 +152,8 @@ class PhaseConfig:
             )
         if self.train in self.oracles:
             raise InvalidInput(f"oracles: expected other views than the trained one, got {self.train!r}")
+        if self.pairs != "same" and not self.oracles:
+            raise InvalidInput(f"oracles: expected a view for pairs = {self.pairs!r}, got none")
         plan = self.cascade()
         foreign = [view for view in plan.views if view not in self.views] if plan else []
         if foreign:
@@ -196,6 +200,10 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Refuse phases that name views or phases which do not exist."""
+        try:
+            chosen_views(self.views)
+        except InvalidInput as error:
+            raise InvalidInput(f"views: {error}") from None
         if not self.phase:
             raise InvalidInput("phase: expected at least one phase, got none")
         known: dict[str, PhaseConfig] = {}
@@ -220,8 +228,6 @@ def _check_phase(phase: PhaseConfig, place: str, config: TrainConfig, known: dic
         if source not in ("latest", "initial", *known):
             there = ", ".join(["latest", "initial", *known])
             raise InvalidInput(f"{place}.{key}: expected one of {there}, got {source!r}")
-    if config.loss.pairs != "same" and not phase.oracles:
-        raise InvalidInput(f"{place}.oracles: expected a view for cross-view pairs, got none")
 
 
 def load_config(path: Path, assignments: Sequence[str] = ()) -> TrainConfig:

@@ -12,6 +12,7 @@ tensorboard/      events, where tensorboard is installed
 from __future__ import annotations
 
 import csv
+import json
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,12 @@ from cascade_engine.models import Encoder, build_encoder, load_weights
 from cascade_engine.training import checkpoint
 from cascade_engine.training.config import TrainConfig, load_config
 from cascade_engine.training.settings import to_toml
+from cascade_engine.training.versions import versions
+from cascade_engine.video.cache import ClipCache, channels
+from cascade_engine.video.index import VideoIndex
 
 INITIAL = "initial"  # the name of the weights before the first phase
+BACKBONE = "_backbone"  # appended to a view's name: its backbone's features in the store
 
 
 class Run:
@@ -69,13 +74,29 @@ class Run:
 
     @property
     def store_path(self) -> Path:
-        """The feature store: per phase the views' embeddings, and the backbones' features as ``<view>.backbone``."""
+        """The feature store: per phase the views' embeddings, and the backbones' features as ``<view>_backbone``."""
         return self.folder / "features.zarr"
 
     @property
     def cache_path(self) -> Path:
         """The folder of decoded frames that the run was trained on."""
-        return Path(self.config.data.cache)
+        return Path(self.versions["cache"])
+
+    @property
+    def versions(self) -> dict[str, Any]:
+        """What versions.json says: versions, git commit, seed, machine, the cache's folder."""
+        found: dict[str, Any] = json.loads((self.folder / "versions.json").read_text(encoding="utf-8"))
+        return found
+
+    @property
+    def index(self) -> VideoIndex:
+        """The videos: path, video id, label, split."""
+        return VideoIndex.from_csv(self.index_path, keep_missing=True)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The labels that occur in the index, sorted."""
+        return self.index.labels
 
     @property
     def index_path(self) -> Path:
@@ -131,16 +152,23 @@ class Run:
         source = self.trained_in(view, phase)
         state = checkpoint.load(self.phase_path(source))
         model = self.config.model
-        encoder = build_encoder(model.encoder, state["channels"][view], dim=model.dim)
+        encoder = build_encoder(model.encoder, channels(view), dim=model.dim)
         if view not in state["encoders"]:
             raise CheckpointError(f"{self.phase_path(source)}: expected the view {view!r}, got none")
         load_weights(encoder, state["encoders"][view], str(self.phase_path(source)))
         return encoder.eval()
 
-    def save_encoders(self, phase: str, encoders: dict[str, Encoder], channels: dict[str, int]) -> None:
+    def save_encoders(self, phase: str, encoders: dict[str, Encoder]) -> None:
         """Keep encoders as those after `phase`; the views that it did not train are found in earlier phases."""
         weights = {view: encoder.state_dict() for view, encoder in encoders.items()}
-        checkpoint.save(self.phase_path(phase), {"encoders": weights, "channels": channels})
+        checkpoint.save(self.phase_path(phase), {"encoders": weights})
+
+    def note_data(self, cache: Any) -> None:
+        """Keep the videos' index, and where the cache is, beside versions and seed."""
+        cache.index.to_csv(self.index_path)
+        where = str(cache.folder.absolute()) if isinstance(cache, ClipCache) else ""
+        told = {**versions(), "seed": self.config.seed, "cache": where}
+        (self.folder / "versions.json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
 
     @property
     def metrics(self) -> list[dict[str, Any]]:

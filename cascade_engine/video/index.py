@@ -103,12 +103,13 @@ class VideoIndex:
         path.write_text(text.getvalue(), encoding="utf-8")
 
     @classmethod
-    def from_csv(cls, path: Source, *, root: Source | None = None) -> VideoIndex:
+    def from_csv(cls, path: Source, *, root: Source | None = None, keep_missing: bool = False) -> VideoIndex:
         """Read a table with the columns path, label, split, start, end, group (only path is needed).
 
         Args:
             path: the CSV file, with a header line.
             root: where relative paths start; the CSV's own folder by default.
+            keep_missing: keep entries whose files are gone, so that each entry keeps its number.
 
         Raises:
             InvalidInput: no such file, no path column, an unknown column, or a time that is not a number; the message
@@ -140,7 +141,7 @@ class VideoIndex:
                     group=row.get("group") or None,
                 )
             )
-        return cls._existing(entries)
+        return cls(entries) if keep_missing else cls._existing(entries)
 
     @classmethod
     def from_folder(cls, folder: Source, *, split: str | None = None) -> VideoIndex:

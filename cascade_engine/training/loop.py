@@ -1,0 +1,223 @@
+"""The training loop: phases, batches, steps, read top to bottom."""
+
+from __future__ import annotations
+
+import math
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from cascade_engine.errors import InvalidInput
+from cascade_engine.training import checkpoint
+from cascade_engine.training.batches import SPOILT, Batch, Batches
+from cascade_engine.training.config import TrainConfig
+from cascade_engine.training.data import augmentation, open_cache
+from cascade_engine.training.desk import Desk, Report
+from cascade_engine.training.extraction import write_features
+from cascade_engine.training.interruption import Interruption
+from cascade_engine.training.journal import Journal
+from cascade_engine.training.objective import Contrast, Outcome
+from cascade_engine.training.parallel import World, average_statistics, gather, joined, sum_gradients, wait
+from cascade_engine.training.phases import make_initial
+from cascade_engine.training.run import INITIAL, Run
+from cascade_engine.training.state import PhaseState
+from cascade_engine.video.augment import Augment
+from cascade_engine.video.cache import ClipCache
+
+
+def train(
+    config: TrainConfig,
+    *,
+    resume: bool = False,
+    cache: ClipCache | None = None,
+    augment: Augment | None = None,
+    report: Report | None = None,
+) -> Run:
+    """Train as a config says: phase by phase, each ending with a sealed phase of features in the run's store.
+
+    Under ``torchrun`` the processes train as one. Ctrl-C and SIGTERM finish the step, save, and raise.
+
+    Args:
+        config: the run.
+        resume: go on with the run of that name where its last checkpoint is; a run that does not exist is begun.
+        cache: the videos, instead of those that the config names.
+        augment: makes training clips, instead of what the config says.
+        report: called after every step of the first process.
+
+    Returns:
+        The run, complete.
+
+    Raises:
+        InvalidInput: the run exists already and is not to be resumed, or was begun with another config.
+        CheckpointError: what is to be resumed does not fit.
+        CascadeError: another process was lost.
+        KeyboardInterrupt: interrupted; the last step is saved.
+
+    Source: METHOD blocks 900, 910, 920.
+    """
+    with ExitStack() as stack:
+        world = stack.enter_context(joined())
+        device = prepare(config, world)
+        if device.type == "cpu" and config.optim.precision == "bfloat16":
+            # oneDNN's bfloat16 weight gradient of a (3, 1, 1) convolution over two frames is garbage (torch 2.15)
+            stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
+        run = begin(config, resume=resume, world=world)
+        cache = cache or open_cache(config, world)
+        augment = augment or augmentation(config)
+        held = checkpoint.newest(run.checkpoints)
+        saved = checkpoint.load(held) if held else None
+        desk = Desk(run=run, world=world, report=report, interruption=stack.enter_context(Interruption()))
+        if world.first:
+            run.note_data(cache)
+            desk.journal = Journal(run.folder, config.output, config.name, saved["step"] if saved else 0)
+            stack.callback(desk.journal.close)
+        for number, phase in enumerate(config.phase):
+            if phase.name not in run.phases:
+                state = PhaseState(run, number, cache, augment, world, device)
+                if saved and saved["state"]["phase"] == phase.name:
+                    state.load_state_dict(saved["state"], str(held))
+                train_phase(state, desk, device)
+                average_statistics([state.encoder], world)
+                if world.first:
+                    run.save_encoders(phase.name, {phase.train: state.encoder})
+                wait(world)
+            write_features(run, phase.name, cache, world, device)
+            desk.before += len(Batches(cache, config, number, augment, world))
+    return run
+
+
+def prepare(config: TrainConfig, world: World) -> torch.device:
+    """Set threads and seeds; the device to train on."""
+    if config.optim.threads:
+        torch.set_num_threads(config.optim.threads)
+    torch.manual_seed(config.seed)
+    if config.device != "auto":
+        return torch.device(config.device)
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", world.rank % torch.cuda.device_count())
+
+
+def begin(config: TrainConfig, *, resume: bool, world: World) -> Run:
+    """The run's folder: made by the first process, or there already."""
+    folder = Path(config.output.runs) / config.name
+    there = (folder / "config.toml").exists()
+    wait(world)
+    if resume and there:
+        if Run.open(folder).config != config:
+            raise InvalidInput(f"resume: {folder} was begun with another config; give this run another name")
+    elif world.first:
+        Run.create(folder, config)
+    wait(world)
+    run = Run.open(folder)
+    if world.first and not run.phase_path(INITIAL).exists():
+        make_initial(run)
+    wait(world)
+    return run
+
+
+def train_phase(state: PhaseState, desk: Desk, device: torch.device) -> None:
+    """Train one phase from where `state` is to its end.
+
+    Raises:
+        KeyboardInterrupt: the desk was asked to stop; the last step is saved.
+    """
+    desk.begin(state)
+    for batch in state.batches.loader(state.item):
+        set_rate(state)
+        contrast, outcome = forward(state, batch, desk.world, device)
+        count = accumulated(state)
+        weight = len(contrast.query) / len(batch.rows) / count
+        (outcome.loss * weight).backward()  # type: ignore[no-untyped-call]
+        desk.count(state, batch, contrast, outcome, weight)
+        enqueue(state, batch)  # after the loss, and after its backward pass: both read the bank
+        state.item += 1
+        if count > 1 and state.item % state.config.optim.accumulate and state.item < len(state.batches):
+            continue
+        told = sum_gradients(state.encoder, desk.tell(), desk.world)
+        update(state)
+        desk.after_step(state, told)
+
+
+def forward(state: PhaseState, batch: Batch, world: World, device: torch.device) -> tuple[Contrast, Outcome]:
+    """Encode a batch, find its positives, and contrast."""
+    state.keys, spoilt = encode_keys(state, batch, world, device)
+    with torch.autocast(device.type, torch.bfloat16, enabled=state.config.optim.precision == "bfloat16"):
+        query = state.encoder(batch.query.to(device))
+    rows = batch.rows[batch.own]
+    contrast = Contrast(
+        query=query,
+        keys={view: keys[batch.own] for view, keys in state.keys.items()},
+        video_id=rows.to(device),
+        label=torch.from_numpy(state.label)[rows].to(device),
+        spoilt=spoilt,
+    )
+    drop: torch.Generator | None = None
+    if isinstance(state.config.loss.self_positive, float):
+        place = np.random.SeedSequence([state.config.seed, state.number, state.item, world.rank])
+        drop = torch.Generator(device).manual_seed(int(place.generate_state(1, np.uint64)[0] >> np.uint64(1)))
+    return contrast, state.objective(contrast, state.bank.bank(), mining=state.mining, generator=drop)
+
+
+@torch.no_grad()
+def encode_keys(
+    state: PhaseState, batch: Batch, world: World, device: torch.device
+) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
+    """The keys of the whole batch, view to (B, D) in the order of its rows, and its spoilt clips' embeddings.
+
+    They are encoded in another order than the queries, so that batch norm's groups differ (see `models.norm`).
+    """
+    back = batch.order.argsort().to(device)
+    keys, spoilt = dict[str, torch.Tensor](), list[torch.Tensor]()
+    for name, clips in batch.keys.items():
+        encoder = state.oracles.get(name, state.momentum)
+        with torch.autocast(device.type, torch.bfloat16, enabled=state.config.optim.precision == "bfloat16"):
+            encoded = encoder(clips.to(device))
+        encoded = gather(encoded, len(batch.rows), world)[back]
+        if name.startswith(SPOILT):
+            spoilt.append(encoded)
+        else:
+            keys[name] = encoded
+    return keys, torch.cat(spoilt) if spoilt else None
+
+
+def enqueue(state: PhaseState, batch: Batch) -> None:
+    """Push the batch's keys of all views; labels go along for metrics and the supervised bound only."""
+    rows = batch.rows.to(next(iter(state.keys.values())).device)
+    state.bank.push(state.keys, rows, rows, torch.from_numpy(state.label)[batch.rows].to(rows.device))
+
+
+def accumulated(state: PhaseState) -> int:
+    """Batches in the optimiser step that the next batch belongs to; the last step of a phase may have fewer."""
+    each = state.config.optim.accumulate
+    return min(each, len(state.batches) - state.item // each * each)
+
+
+def update(state: PhaseState) -> None:
+    """One step of the optimiser; the momentum encoder follows."""
+    if state.config.optim.clip_norm:
+        torch.nn.utils.clip_grad_norm_(state.encoder.parameters(), state.config.optim.clip_norm)
+    state.optimizer.step()
+    state.optimizer.zero_grad(set_to_none=True)
+    state.momentum.follow(state.encoder)
+
+
+def set_rate(state: PhaseState) -> None:
+    """Set the learning rate of the batch that comes."""
+    warm = state.phase.warmup * state.batches.per_epoch
+    rate = state.phase.lr * schedule(state.phase.schedule, state.item / len(state.batches))
+    if state.item < warm:
+        rate *= (state.item + 1) / (warm + 1)
+    for group in state.optimizer.param_groups:
+        group["lr"] = rate
+
+
+def schedule(name: str, done: float) -> float:
+    """The share of the highest learning rate after `done` of a phase, in [0, 1)."""
+    if name == "cosine":
+        return 0.5 + 0.5 * math.cos(math.pi * done)
+    if name == "steps":
+        return 1.0 if done < 0.6 else 0.1 if done < 0.8 else 0.01
+    return 1.0

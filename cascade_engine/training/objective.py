@@ -1,0 +1,134 @@
+"""What a training step asks of the engine: the positives of a batch of queries, and the loss with them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from cascade_engine.bank import Bank
+from cascade_engine.loss import multi_positive_nce
+from cascade_engine.mining import Positives, mine
+from cascade_engine.plan import CascadePlan
+from cascade_engine.training.config import LossConfig, PhaseConfig
+from cascade_engine.training.positives import PositiveVideos, members
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contrast:
+    """One batch, ready to be contrasted.
+
+    Args:
+        query: (B, D), the trained view's embeddings, with gradients.
+        keys: view to (B, D), the queries' own keys.
+        video_id: (B,) of the queries.
+        label: (B,) of the queries, -1 where unknown; read where the phase is supervised, and nowhere else.
+        spoilt: (M, D), further negatives of every query, or None.
+    """
+
+    query: torch.Tensor
+    keys: Mapping[str, torch.Tensor]
+    video_id: torch.Tensor
+    label: torch.Tensor
+    spoilt: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """A batch's loss and how it came about.
+
+    Args:
+        loss: scalar, the mean over the queries.
+        positives: what was found in the bank; None while nothing is mined.
+        seconds: spent mining and on the loss's forward pass.
+    """
+
+    loss: torch.Tensor
+    positives: Positives | None
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """A phase's way to contrast: whose positives, against which keys.
+
+    Args:
+        phase: the phase.
+        loss: the loss's options.
+        plan: mines the positives; None: own keys alone.
+        table: positives mined offline, instead of a plan.
+    """
+
+    phase: PhaseConfig
+    loss: LossConfig
+    plan: CascadePlan | None
+    table: PositiveVideos | None = None
+
+    def __call__(self, batch: Contrast, bank: Bank, *, mining: bool, generator: torch.Generator | None) -> Outcome:
+        """Find the batch's positives in the bank and contrast with them.
+
+        Args:
+            batch: queries and keys.
+            bank: the keys to contrast with, without the batch's own.
+            mining: whether the bank is full enough to mine in.
+            generator: draws which own keys are dropped.
+        """
+        started = time.perf_counter()
+        found = self._positives(batch, bank) if mining else None
+        both = (self.phase.train, *self.phase.oracles[:1])
+        views = {"same": both[:1], "cross": both[1:], "both": both}[self.phase.pairs]
+        losses = [self._loss(batch, bank, found, view, generator) for view in views]
+        return Outcome(loss=torch.stack(losses).mean(), positives=found, seconds=time.perf_counter() - started)
+
+    def _positives(self, batch: Contrast, bank: Bank) -> Positives | None:
+        if self.phase.positives == "labels":
+            return same_label(batch.label, batch.video_id, bank)
+        if self.table is not None:
+            return self.table.find(batch.video_id, bank)
+        if self.plan is None:
+            return None
+        queries = {view: key for view, key in batch.keys.items() if view in self.plan.views}
+        if self.phase.anchor == "query" and self.phase.train in self.plan.views:
+            queries[self.phase.train] = batch.query.detach().to(batch.keys[self.phase.train].dtype)
+        return mine(self.plan, queries, bank, batch.video_id)
+
+    def _loss(
+        self, batch: Contrast, bank: Bank, found: Positives | None, view: str, generator: torch.Generator | None
+    ) -> torch.Tensor:
+        if batch.spoilt is not None and view == self.phase.train:
+            bank = with_negatives(bank, view, batch.spoilt)
+        nothing = torch.full((len(batch.query), 1), -1, device=batch.query.device)
+        return multi_positive_nce(
+            batch.query,
+            batch.keys[view],
+            bank,
+            found or Positives(index=nothing, similarity=nothing.float()),
+            view=view,
+            temperature=self.loss.temperature,
+            reduction=self.loss.reduction,
+            self_positive=self.loss.self_positive if found is not None else "always",
+            siblings=self.loss.siblings,
+            query_video_id=batch.video_id,
+            generator=generator,
+        )
+
+
+def with_negatives(bank: Bank, view: str, negatives: torch.Tensor) -> Bank:
+    """The bank's keys of one view, and `negatives` (M, D) after them, of no video that any query has."""
+    keys = torch.as_tensor(bank.keys[view])
+    nobody = torch.full((len(negatives),), -2, device=keys.device)
+    return Bank(
+        {view: torch.cat([keys, negatives.to(keys)])},
+        torch.cat([torch.as_tensor(bank.video_id), nobody]),
+        metric=bank.metric,
+        checked=True,
+        guard=bank.ensure_fresh,
+    )
+
+
+def same_label(label: torch.Tensor, video_id: torch.Tensor, bank: Bank) -> Positives:
+    """All keys of a query's own label from other videos, in slot order: the supervised bound (UberNCE)."""
+    match = (label[:, None] == torch.as_tensor(bank.label)[None]) & (label[:, None] >= 0)
+    return members(match & (video_id[:, None] != torch.as_tensor(bank.video_id)[None]))
