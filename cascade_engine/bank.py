@@ -152,6 +152,7 @@ def _ids(value: object, name: str, rows: int) -> Any:
     """Ids as int64 in their own framework and on their own device."""
     if not is_torch(value):
         return id_vector(value, name, rows)
-    if value.ndim != 1 or len(value) != rows or value.dtype.is_floating_point or value.dtype.is_complex:
+    no_ids = value.dtype.is_floating_point or value.dtype.is_complex or dtype_name(value) == "bool"
+    if value.ndim != 1 or len(value) != rows or no_ids:
         raise InvalidInput(f"{name}: expected ({rows},) integers, got {tuple(value.shape)} {dtype_name(value)}")
     return value.long()

@@ -179,7 +179,8 @@ class CascadePlan:
             oracle: the frozen view that helps to mine.
             trainee: the view being trained.
             k: positives per query (``patent`` fixes 3 and ``nnclr`` 1).
-            stages: number of stages (``cpr``, ``cpr-paper``).
+            stages: number of stages (``cpr``, ``cpr-paper``). The views alternate from the oracle and the last stage is
+                the oracle's, so an even number makes the last two both the oracle's: it alone then ranks at the end.
             ratio: share kept by each stage (``cpr``, ``cpr-paper``), in (0, 1].
             m: neighbours per view before the intersection (``mvcgc``); `k` where not given.
 
