@@ -58,7 +58,9 @@ def emulated(csrc: Path = ROOT / "csrc", flags: tuple[str, ...] = ("-O2",)) -> M
             objects = [library.with_suffix(f".{unit.stem}.o") for unit in units]
             with ThreadPoolExecutor(2) as pool:
                 list(pool.map(partial(_compile, common), units, objects))
-            _run([compiler, "-shared", *flags, "-o", library, *objects])
+            whole = library.with_suffix(".linking")
+            _run([compiler, "-shared", *flags, "-o", whole, *objects])
+            whole.rename(library)
             for each in objects:
                 each.unlink()
     spec = importlib.util.spec_from_file_location("cascade_emulated", library)

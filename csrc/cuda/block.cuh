@@ -7,14 +7,14 @@
 
 namespace cascade::cuda {
 
-constexpr int kThreads = 512;  // of a selecting block; four such blocks fill an SM
+constexpr int kThreads = 256;  // of a selecting block, one for each bin of a digit
 constexpr int kWarps = kThreads / 32;
-constexpr int kItems = 4;  // list entries a thread takes per round of a compaction
+constexpr int kItems = 2;  // list entries a thread takes per round of a compaction
 constexpr unsigned kAllLanes = 0xFFFFFFFFu;
 
 struct BlockShared {
   uint64_t warp_total[kWarps];
-  uint32_t histogram[256];
+  uint32_t histogram[kThreads];
   uint64_t digit, before, equal;  // the bin that holds the wanted rank, what lies above it, what lies in it
 };
 
@@ -61,9 +61,7 @@ __device__ Threshold nth_largest(int64_t count, int64_t n, Get get, BlockShared&
   int64_t need = n, equal = 0;
   int shift = kBits - 8;
   for (;; shift -= 8) {
-    if (thread < 256) {
-      shared.histogram[thread] = 0;
-    }
+    shared.histogram[thread] = 0;
     __syncthreads();
     for (int64_t item = thread; item < count; item += kThreads) {
       uint64_t key = 0;
@@ -72,7 +70,7 @@ __device__ Threshold nth_largest(int64_t count, int64_t n, Get get, BlockShared&
       }
     }
     __syncthreads();
-    const uint64_t size = thread < 256 ? shared.histogram[255 - thread] : 0;
+    const uint64_t size = shared.histogram[255 - thread];
     uint64_t total = 0;
     const uint64_t before = exclusive_sum(size, total, shared);
     const auto wanted = static_cast<uint64_t>(need);

@@ -19,6 +19,8 @@ struct BoundedShared {
   uint32_t band_id[kBand];
 };
 
+static_assert(sizeof(BoundedShared) <= 28 * 1024, "three blocks fit an SM with 100 KiB");
+
 // Memory of one launch's queries; null where the plan does not need it.
 struct BoundedSpace {
   uint32_t* alive;     // [rows, K]
@@ -208,7 +210,7 @@ __device__ inline int64_t keep_best_bounded(uint32_t* list, int64_t count, int64
 
 // The candidates of one split of the keys that may be among the first stage's best of all keys: a superset of the
 // split's own best. grid: (rows, splits)
-__global__ void __launch_bounds__(kThreads, 1) preselect(const PlanArguments plan,   //
+__global__ void __launch_bounds__(kThreads, 3) preselect(const PlanArguments plan,   //
                                                          const Views views,          // V views, as stored
                                                          const Metric metric,        //
                                                          const int64_t keys,         // K
@@ -261,7 +263,7 @@ __device__ inline int64_t gather_splits(uint32_t* list, const int64_t* counts, i
 }
 
 // All stages of queries first_query to first_query + gridDim.x - 1. grid: (rows)
-__global__ void __launch_bounds__(kThreads, 1) cascade_over_bounds(const PlanArguments plan,   //
+__global__ void __launch_bounds__(kThreads, 3) cascade_over_bounds(const PlanArguments plan,   //
                                                                    const Views views,          // V views, as stored
                                                                    const Metric metric,        //
                                                                    const int64_t keys,         // K
@@ -299,16 +301,14 @@ __global__ void __launch_bounds__(kThreads, 1) cascade_over_bounds(const PlanArg
     describe_stage(stage, bounds.meaning + row, rows, shared);
     const StageScore scores{stage, views, metric, query, bounds.bounds + row * bounds.stride, rows * bounds.stride,
                             shared};
-    if (stage.over_bank && s > 0) {
-      for (int64_t i = threadIdx.x; i < eligible; i += kThreads) {
-        chosen_list[i] = eligible_list[i];
-      }
-      __syncthreads();
-      const int64_t chosen = keep_best_bounded(chosen_list, eligible, stage.keep, scores);
-      alive = intersect(list, alive, chosen_list, chosen, shared.block);
-    } else {
-      alive = keep_best_bounded(list, alive, stage.keep, scores);
+    const bool over_bank = stage.over_bank && s > 0;
+    for (int64_t i = threadIdx.x; over_bank && i < eligible; i += kThreads) {
+      chosen_list[i] = eligible_list[i];
     }
+    __syncthreads();
+    const int64_t left =
+        keep_best_bounded(over_bank ? chosen_list : list, over_bank ? eligible : alive, stage.keep, scores);
+    alive = over_bank ? intersect(list, alive, chosen_list, left, shared.block) : left;
     if (s == plan.stage_count - 1) {
       const Pairs pairs = space.pair_stride == 0 ? Pairs{shared.band_key, shared.band_id}
                                                  : Pairs{space.pairs.key + row * space.pair_stride,

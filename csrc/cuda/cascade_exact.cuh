@@ -231,16 +231,13 @@ __global__ void __launch_bounds__(kThreads, 1)
     const auto key = [&](uint32_t id) {
       return ordered(fuses ? ops::load(q.fused + id) : q.score(stage.views[0], id));
     };
-    if (over_bank) {
-      for (int64_t i = threadIdx.x; i < eligible; i += kThreads) {
-        q.chosen[i] = q.eligible[i];
-      }
-      __syncthreads();
-      const int64_t chosen = keep_best(q.chosen, eligible, stage.keep, key, shared.block);
-      alive = intersect(q.alive, alive, q.chosen, chosen, shared.block);
-    } else {
-      alive = keep_best(q.alive, alive, stage.keep, key, shared.block);
+    for (int64_t i = threadIdx.x; over_bank && i < eligible; i += kThreads) {
+      q.chosen[i] = q.eligible[i];
     }
+    __syncthreads();
+    const int64_t left =
+        keep_best(over_bank ? q.chosen : q.alive, over_bank ? eligible : alive, stage.keep, key, shared.block);
+    alive = over_bank ? intersect(q.alive, alive, q.chosen, left, shared.block) : left;
     const bool last = s == plan.stage_count - 1;
     if (last || answer.kept[s] != nullptr) {
       fill_pairs(q.pairs, q.alive, alive, key);

@@ -21,19 +21,32 @@ __device__ inline double tree(const double (&s)[8]) {
                   ops::add(ops::add(s[1], s[5]), ops::add(s[3], s[7])));
 }
 
-// Inner product of row i of a and row j of b, by one thread.
+// Inner product of row i of a and row j of b, by one thread: running sums one after the other, in the order in which
+// the tree wants them (bits of the index reversed), which keeps code and registers few.
 __device__ inline double dot(const Matrix& a, int64_t i, const Matrix& b, int64_t j) {
-  double sums[8] = {};
-  for (int64_t d = 0; d < a.columns; d += 8) {
-#pragma unroll
-    for (int lane = 0; lane < 8; ++lane) {
-      if (d + lane < a.columns) {
-        sums[lane] = ops::fused(element(a.data, i * a.stride + d + lane, a.dtype),
-                                element(b.data, j * b.stride + d + lane, b.dtype), sums[lane]);
-      }
+  double pair = 0, four = 0, half = 0;
+#pragma unroll 1
+  for (int step = 0;; ++step) {
+    double sum = 0;
+#pragma unroll 1
+    for (int64_t d = (step & 1) * 4 + (step & 2) + (step >> 2); d < a.columns; d += 8) {
+      sum = ops::fused(element(a.data, i * a.stride + d, a.dtype), element(b.data, j * b.stride + d, b.dtype), sum);
     }
+    if (!(step & 1)) {
+      pair = sum;
+      continue;
+    }
+    sum = ops::add(pair, sum);
+    if (!(step & 2)) {
+      four = sum;
+      continue;
+    }
+    sum = ops::add(four, sum);
+    if (step == 7) {
+      return ops::add(half, sum);
+    }
+    half = sum;
   }
-  return tree(sums);
 }
 
 // The same by eight neighbouring lanes, one running sum each; all eight get the result. The whole warp calls it.

@@ -159,6 +159,9 @@ void pack_over(Launcher& launcher, const PackProblem& p) {
 
 constexpr int64_t kWidePitch = 512;     // halves: a tile of 64 such queries takes 64 KiB of shared memory
 constexpr int64_t kNarrowPitch = 2048;  // and a tile of 16 of these the same
+static_assert(bound_shared_bytes<WideShape>(kWidePitch) <= 99 * 1024, "fits every GPU from sm_86 on");
+static_assert(bound_shared_bytes<NarrowShape>(kNarrowPitch) <= 99 * 1024);
+static_assert(sizeof(CascadeShared) <= 8 * 1024 && sizeof(ExactShared) <= 8 * 1024);
 constexpr int64_t kTargetBlocks = 528;  // four on each SM of an H100
 
 inline int64_t widest(const MineProblem& p) {
