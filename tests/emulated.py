@@ -6,11 +6,12 @@ import ctypes
 import fcntl
 import hashlib
 import importlib.util
+import os
 import shutil
 import subprocess
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 
@@ -32,19 +33,20 @@ COUNTERS = (
 
 
 @cache
-def emulated(csrc: Path = ROOT / "csrc", flags: tuple[str, ...] = ("-O2",)) -> ModuleType:
-    """`cascade_engine._cuda`'s twin, built once per state of the sources and kept in build/emulation."""
+def emulated(flags: tuple[str, ...] = ("-O2",)) -> ModuleType:
+    """`cascade_engine._cuda`'s twin, built once per state of the sources and kept in build/emulation.
+
+    plant_bugs.py points ``CASCADE_EMULATED_CSRC`` to sources with a bug.
+    """
+    csrc = Path(os.environ.get("CASCADE_EMULATED_CSRC", ROOT / "csrc"))
     pybind11 = pytest.importorskip("pybind11", reason="the emulation is bound with pybind11")
     compiler = shutil.which("g++") or pytest.skip("the emulation needs g++")
-    sources = sorted(
-        p for folder in (csrc, EMULATION) for p in folder.rglob("*") if p.suffix in (".cpp", ".hpp", ".cuh")
-    )
-    digest = hashlib.sha256(repr((flags, torch.__version__)).encode())
-    for path in sources:
-        digest.update(path.read_bytes())
     folder = ROOT / "build" / "emulation"
     folder.mkdir(parents=True, exist_ok=True)
-    library = folder / f"{digest.hexdigest()[:16]}.so"
+    binding = [csrc / "python" / "cuda_module.cpp", csrc / "cuda" / "backend.hpp", csrc / "cuda" / "arguments.hpp"]
+    binding += sorted((csrc / "core").iterdir())
+    kernels = [*sorted((csrc / "cuda").iterdir()), *sorted(EMULATION.glob("*.?pp"))]
+    library = folder / f"{_digest(flags, binding + kernels)}.so"
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not library.exists():
@@ -54,15 +56,17 @@ def emulated(csrc: Path = ROOT / "csrc", flags: tuple[str, ...] = ("-O2",)) -> M
                 "-Werror", "-Wno-unknown-pragmas", "-DCASCADE_EMULATION", "-DCASCADE_CUDA_MODULE=cascade_emulated",
                 *flags, *(f"-I{each}" for each in includes),
             ]  # fmt: skip
-            units = [csrc / "python" / "cuda_module.cpp", EMULATION / "backend.cpp", EMULATION / "controls.cpp"]
-            objects = [library.with_suffix(f".{unit.stem}.o") for unit in units]
+            # The binding is slow to compile, quick to run, and changes rarely: not optimised, and kept.
+            jobs = {
+                folder / f"binding.{_digest(flags, binding)}.o": [*common, "-O0", "-c", binding[0]],
+                library.with_suffix(".kernels.o"): [*common, "-c", EMULATION / "backend.cpp"],
+                library.with_suffix(".controls.o"): [*common, "-c", EMULATION / "controls.cpp"],
+            }
             with ThreadPoolExecutor(2) as pool:
-                list(pool.map(partial(_compile, common), units, objects))
+                list(pool.map(_run, ([*job, "-o", target] for target, job in jobs.items() if not target.exists())))
             whole = library.with_suffix(".linking")
-            _run([compiler, "-shared", *flags, "-o", whole, *objects])
+            _run([compiler, "-shared", *flags, "-o", whole, *jobs])
             whole.rename(library)
-            for each in objects:
-                each.unlink()
     spec = importlib.util.spec_from_file_location("cascade_emulated", library)
     assert spec is not None
     assert spec.loader is not None
@@ -71,9 +75,11 @@ def emulated(csrc: Path = ROOT / "csrc", flags: tuple[str, ...] = ("-O2",)) -> M
     return module
 
 
-def _compile(common: list[object], unit: Path, target: Path) -> None:
-    optimise = ["-O0"] if unit.parent.name == "python" else []  # the binding is slow to compile and quick to run
-    _run([*common, *optimise, "-c", unit, "-o", target])
+def _digest(flags: tuple[str, ...], paths: list[Path]) -> str:
+    digest = hashlib.sha256(repr((flags, torch.__version__)).encode())
+    for path in paths:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def _run(command: list[object]) -> None:
