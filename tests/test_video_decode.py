@@ -173,3 +173,16 @@ def test_a_resolution_that_changes_midway_keeps_the_size_of_frames(tmp_path):
     frames = read_frames(both, size=32)
     assert frames.rgb.shape == (12, 32, 32, 3)
     assert (np.diff(frames.time) > 0).all()
+
+
+@pytest.mark.parametrize("ending", ["mp4", "mkv", "ts", "avi", "flv"])
+@pytest.mark.parametrize("options", [{"g": "12"}, {"g": "12", "bf": "3", "x264-params": "open-gop=1"}, {"g": "250"}])
+def test_a_part_is_what_the_whole_has_there(tmp_path, ending, options):
+    path = films.write(tmp_path / f"film.{ending}", films.moving(80, 32, 48, (1, 0)), options=options)
+    whole = read_frames(path, size=16)
+    assert len(whole) == 80
+    # Around key frames, where the seek of some containers lands behind the time asked for, and at the end.
+    for first in (1, 11, 13, 35, 47, 59, 71, 79):
+        part = read_frames(path, size=16, start=float(whole.time[first]), end=float(whole.time[first]) + 0.12)
+        assert np.array_equal(part.rgb, whole.rgb[first : first + 3])
+        np.testing.assert_allclose(part.time, whole.time[first : first + 3], atol=1e-9)

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import chain
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,10 @@ _FORMATS = (
 )
 # Formats without a time for each shown frame (AVI stores none, raw streams have no container): frames are counted.
 _UNTIMED = frozenset({"avi", "h264", "hevc", "m4v", "mpegvideo", "mjpeg", "obu", "vc1"})
+
+# Containers with an index, which a seek can trust; elsewhere it may land behind the time asked for.
+_INDEXED = frozenset({"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"})
+_SEEK_MARGIN = 1.0  # seconds: an index tells when a key frame is decoded, and its neighbours may need the one before
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,12 +90,8 @@ class VideoReader:
         self.path = Path(path)
         self.size, self.motion = size, motion
         self.problem: str | None = None
-        self._container = self._open(max_pixels)
-        try:
-            self._stream = self._choose(max_pixels, threads)
-        except BaseException:
-            self._container.close()
-            raise
+        self._max_pixels, self._threads = max_pixels, threads
+        self._begin()
         rate = self._stream.average_rate or self._stream.guessed_rate or Fraction(25)
         self.fps = float(rate)
         self._counted = self._container.format.name in _UNTIMED
@@ -103,7 +104,16 @@ class VideoReader:
         """Close the file."""
         self._container.close()
 
-    def _open(self, max_pixels: int) -> InputContainer:
+    def _begin(self) -> None:
+        """Open the file, at its beginning."""
+        self._container = self._open()
+        try:
+            self._stream = self._choose()
+        except BaseException:
+            self._container.close()
+            raise
+
+    def _open(self) -> InputContainer:
         if not self.path.is_file():
             raise VideoError(f"{self.path}: no such file" if not self.path.exists() else f"{self.path}: not a file")
         if self.path.stat().st_size == 0:
@@ -118,7 +128,7 @@ class VideoReader:
         except (av.FFmpegError, OSError, ValueError, MemoryError) as error:
             raise VideoError(f"{self.path}: not a readable video ({_reason(error)})") from None
 
-    def _choose(self, max_pixels: int, threads: int) -> VideoStream:
+    def _choose(self) -> VideoStream:
         moving = [stream for stream in self._container.streams.video if not _is_cover(stream)]
         if not moving:
             kinds = sorted({stream.type for stream in self._container.streams})
@@ -128,12 +138,12 @@ class VideoReader:
         if context is None:
             raise VideoError(f"{self.path}: no decoder for its video stream")
         pixels = context.width * context.height
-        if pixels > max_pixels:
+        if pixels > self._max_pixels:
             raise VideoError(
-                f"{self.path}: {context.width} x {context.height} is more than {max_pixels} pixels a frame"
+                f"{self.path}: {context.width} x {context.height} is more than {self._max_pixels} pixels a frame"
             )
-        context.thread_count = threads
-        context.options = {"max_pixels": str(max_pixels), **({"flags2": "+export_mvs"} if self.motion else {})}
+        context.thread_count = self._threads
+        context.options = {"max_pixels": str(self._max_pixels), **({"flags2": "+export_mvs"} if self.motion else {})}
         return stream
 
     def frames(self, start: float = 0.0, end: float | None = None) -> Iterator[Frame]:
@@ -146,12 +156,10 @@ class VideoReader:
         if start < 0 or not math.isfinite(start) or (end is not None and not end > start):
             raise InvalidInput(f"start, end: expected 0 <= start < end in seconds, got {start}, {end}")
         assert self.size is not None, "a reader opened to probe has no frame size"
-        if start > 0 and not self._counted:
-            self._seek(start)
         decoded = taken = 0
         last = -math.inf
         ended = False
-        for frame, time in self._timed():
+        for frame, time in self._from(start):
             decoded += 1
             last = time
             # Half a millisecond of tolerance: seconds written as decimals must not lose or double a frame.
@@ -173,14 +181,24 @@ class VideoReader:
         until = "the end" if end is None else f"{end:g} s"
         return f"{self.path}: no frame between {start:g} s and {until}"
 
-    def _seek(self, start: float) -> None:
-        base, origin = self._stream.time_base, self._stream.start_time or 0
-        if base is None:
-            return
+    def _from(self, start: float) -> Iterator[tuple[VideoFrame, float]]:
+        """Frames from one at or before `start` on, by a seek where the container's index can be trusted."""
+        base = self._stream.time_base
+        if start <= _SEEK_MARGIN or self._container.format.name not in _INDEXED or base is None:
+            return self._timed()
+        target = int((start - _SEEK_MARGIN) / base) + (self._stream.start_time or 0)
         try:
-            self._container.seek(max(0, int(start / base)) + origin, stream=self._stream, backward=True)
-        except av.FFmpegError:  # not seekable: read from the beginning, which is slow and right
-            self._container.seek(0)
+            self._container.seek(target, stream=self._stream, backward=True)
+        except av.FFmpegError as error:
+            log.debug("%s: cannot seek (%s)", self.path, _reason(error))
+        else:
+            timed = self._timed()
+            first = next(timed, None)
+            if first is not None and first[1] <= start:
+                return chain([first], timed)
+        self._container.close()
+        self._begin()
+        return self._timed()
 
     def _timed(self) -> Iterator[tuple[VideoFrame, float]]:
         """Frames with seconds since the video's start; a frame without a time follows the one before."""
