@@ -12,16 +12,21 @@ import numpy as np
 from .inputs import Case, make
 from .timing import pinned
 
-PLANS = ("rgb:10", "rgb:1024", "flow:1024,rgb:50", "flow:50%,rgb:25%,flow:5")
+SUBJECTS = ("rgb:10", "rgb:1024", "flow:1024,rgb:50", "flow:50%,rgb:25%,flow:5", "loss")
 _WARM_QUERIES = 8
 _SMALL_BANK = 1 << 17
 _MIB = 1 << 20
 
 
 def peaks(
-    *, threads: int = 2, backend: str | None = None, keys: int = 1 << 20, queries: int = 1024
+    *,
+    subjects: tuple[str, ...] = SUBJECTS,
+    threads: int = 2,
+    backend: str | None = None,
+    keys: int = 1 << 20,
+    queries: int = 1024,
 ) -> Iterator[dict[str, Any]]:
-    """Measure mining by some plans, and the loss forward and backward, each in a fresh process.
+    """Measure mining by a plan, or the ``loss`` forward and backward, each in a fresh process.
 
     Each is measured with an eighth of the keys too: a peak that does not depend on K says so itself.
 
@@ -29,7 +34,7 @@ def peaks(
         Rows with MiB of the bank, of what was prepared for it, of the peak beyond both, and of a (B, K) float32 array.
     """
     context = multiprocessing.get_context("spawn")
-    for what in (*PLANS, "loss"):
+    for what in subjects:
         for size in (min(_SMALL_BANK, keys), keys):
             with context.Pool(1) as pool:
                 yield pool.apply(_peak, (what, queries, size, threads, backend))

@@ -7,6 +7,7 @@ from typing import Any
 
 from .inputs import Case, Problem, make
 from .judging import Judge
+from .peak import int8_peak
 from .peers import Contestant, Search, contestants
 from .timing import clock_for, interleaved, machine, pinned
 
@@ -41,12 +42,23 @@ def run(
     device = "cuda" if backend == "cuda" else "cpu"
     with pinned(threads):
         rows = []
+        peak = int8_peak() if device == "cpu" else None
         for case in cases:
             field = [each for each in contestants(backend, device, threads) if not only or each.name in only]
             rows.append(_measure(case, field, device, rounds))
+            rows[-1]["int8_peak_share"] = _peak_share(rows[-1], peak, threads)
             report(summary(rows[-1]))
     settings = {"threads": threads, "rounds": rounds, "backend": backend, "device": device}
-    return {"machine": machine(PACKAGES), "settings": settings, "cases": rows}
+    return {"machine": machine(PACKAGES), "settings": settings, "int8_peak_per_thread": peak, "cases": rows}
+
+
+def _peak_share(row: Row, peak: float | None, threads: int) -> float | None:
+    """The share of the machine's int8 peak that one product of all queries and keys in the engine's time comes to."""
+    milliseconds = row["contestants"].get("engine", {}).get("median_ms")
+    if peak is None or milliseconds is None or row["group"] not in ("single", "doubling"):
+        return None
+    operations = 2 * row["queries"] * row["keys"] * row["width"]
+    return round(float(operations / (milliseconds / 1e3) / (peak * threads)), 3)
 
 
 def _measure(case: Case, field: list[Contestant], device: str, rounds: int) -> Row:
@@ -122,6 +134,8 @@ def summary(row: Row) -> str:
         elif outcome.get("skipped") == "wrong answer":
             cells.append(f"{name} WRONG")
     verdicts = [f"{bar['reached']:g}x {bar['peer']} (asked {bar['asked']:g}x)" for bar in row["bars"]]
+    if row.get("int8_peak_share"):
+        verdicts.append(f"{row['int8_peak_share']:.0%} of the int8 peak")
     return f"{row['name']}: " + ", ".join(cells) + " ms" + ("; " + ", ".join(verdicts) if verdicts else "")
 
 

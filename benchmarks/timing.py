@@ -19,21 +19,29 @@ _VISIT_SECONDS = 0.02  # a visit repeats short calls for about this long
 _SLOW_SECONDS = 2.0  # a contestant whose call takes longer is called in two rounds only
 
 
+@dataclass(frozen=True, kw_only=True)
+class Duration:
+    """Seconds of one call: by the clock, and of processor time on all threads."""
+
+    wall: float
+    processor: float
+
+
 class Clock(Protocol):
     """How long one call takes on some device."""
 
-    def seconds(self, call: Call, number: int) -> float:
-        """Run the call to its end and return its duration."""
+    def measure(self, call: Call, number: int) -> Duration:
+        """Run the call to its end."""
 
 
 class HostClock:
     """Wall time of a call that has finished when it returns."""
 
-    def seconds(self, call: Call, number: int) -> float:
-        """Run the call and return its duration."""
-        start = time.perf_counter()
+    def measure(self, call: Call, number: int) -> Duration:
+        """Run the call."""
+        start, used = time.perf_counter(), time.process_time()
         call(number)
-        return time.perf_counter() - start
+        return Duration(wall=time.perf_counter() - start, processor=time.process_time() - used)
 
 
 class CudaClock:
@@ -45,18 +53,19 @@ class CudaClock:
 
         self._flushed = torch.empty(1 << 28, dtype=torch.int8, device=device)
 
-    def seconds(self, call: Call, number: int) -> float:
+    def measure(self, call: Call, number: int) -> Duration:
         """Run the call between two events and wait for the second."""
         import torch
 
         event: Any = torch.cuda.Event
         start, end = event(enable_timing=True), event(enable_timing=True)
         self._flushed.zero_()
+        used = time.process_time()
         start.record()
         call(number)
         end.record()
         end.synchronize()
-        return float(start.elapsed_time(end)) / 1e3
+        return Duration(wall=float(start.elapsed_time(end)) / 1e3, processor=time.process_time() - used)
 
 
 def clock_for(device: str) -> Clock:
@@ -66,11 +75,12 @@ def clock_for(device: str) -> Clock:
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """The spread of one contestant's call times, in seconds."""
+    """The spread of one contestant's call times, and the median of its processor time, in seconds."""
 
     median: float
     lower: float
     upper: float
+    processor: float
     calls: int
 
     def as_json(self) -> dict[str, float | int]:
@@ -80,6 +90,7 @@ class Timing:
             "median_ms": found["median"],
             "q1_ms": found["lower"],
             "q3_ms": found["upper"],
+            "cpu_ms": found["processor"],
             "calls": self.calls,
         }
 
@@ -95,11 +106,11 @@ def interleaved(calls: Mapping[str, Call], *, rounds: int, clock: Clock) -> dict
         rounds: visits to each contestant; a slow one gets two.
         clock: measures one call.
     """
-    durations: dict[str, list[float]] = {name: [] for name in calls}
+    durations: dict[str, list[Duration]] = {name: [] for name in calls}
     numbers = dict.fromkeys(calls, 0)
     for turn in range(rounds):
         for name, call in calls.items():
-            slow = bool(durations[name]) and durations[name][0] > _SLOW_SECONDS
+            slow = bool(durations[name]) and durations[name][0].wall > _SLOW_SECONDS
             if slow and turn >= 2:
                 continue
             durations[name] += _visit(call, numbers[name], clock, warm=not slow)
@@ -107,19 +118,19 @@ def interleaved(calls: Mapping[str, Call], *, rounds: int, clock: Clock) -> dict
     return {name: _summary(found) for name, found in durations.items()}
 
 
-def _visit(call: Call, number: int, clock: Clock, *, warm: bool) -> list[float]:
-    first = clock.seconds(call, number)
-    if first > _SLOW_SECONDS or not warm:
+def _visit(call: Call, number: int, clock: Clock, *, warm: bool) -> list[Duration]:
+    first = clock.measure(call, number)
+    if first.wall > _SLOW_SECONDS or not warm:
         return [first]
-    repeats = max(1, min(10, int(_VISIT_SECONDS / max(first, 1e-6))))
-    return [clock.seconds(call, number + each) for each in range(1, repeats + 1)]
+    repeats = max(1, min(10, int(_VISIT_SECONDS / max(first.wall, 1e-6))))
+    return [clock.measure(call, number + each) for each in range(1, repeats + 1)]
 
 
-def _summary(durations: list[float]) -> Timing:
-    lower, median, upper = (
-        statistics.quantiles(durations, n=4, method="inclusive") if len(durations) > 1 else durations * 3
-    )
-    return Timing(median=median, lower=lower, upper=upper, calls=len(durations))
+def _summary(durations: list[Duration]) -> Timing:
+    walls = [each.wall for each in durations]
+    lower, median, upper = statistics.quantiles(walls, n=4, method="inclusive") if len(walls) > 1 else walls * 3
+    processor = statistics.median(each.processor for each in durations)
+    return Timing(median=median, lower=lower, upper=upper, processor=processor, calls=len(durations))
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from cascade_engine.errors import CascadeError
 @click.option("--table", is_flag=True, help="Print the README's table.")
 @click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw the results into this PNG or SVG.")
 @click.option("--memory", is_flag=True, help="Measure peak memory beyond the bank at K = 2^20, B = 1024 instead.")
+@click.option("--loss", is_flag=True, help="Measure the loss, forward and backward, instead.")
 @click.option("--profile", type=click.Path(dir_okay=False, path_type=Path), help="Write a torch.profiler trace here.")
 def command(
     names: tuple[str, ...],
@@ -40,6 +41,7 @@ def command(
     table: bool,
     plot: Path | None,
     memory: bool,
+    loss: bool,
     profile: Path | None,
 ) -> None:
     """Mining speed against peers. A wrong answer is not timed, and the command fails.
@@ -70,6 +72,13 @@ def command(
 
         for row in peaks(threads=threads, backend=backend):
             click.echo(json.dumps(row))
+        return
+    if loss:
+        from cascade_engine.benchmarks import contrast
+
+        rows = contrast.run(threads=threads, rounds=rounds, report=click.echo)
+        if to is not None:
+            to.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
         return
     from cascade_engine.benchmarks import mining, rendering
 

@@ -80,8 +80,8 @@ def test_bars_compare_with_the_named_peer_or_the_fastest_exact_one():
 
 def test_slow_contestants_are_called_in_two_rounds_and_inputs_rotate():
     class Fake:
-        def seconds(self, call, number):
-            return call(number)
+        def measure(self, call, number):
+            return timing.Duration(wall=call(number), processor=0.0)
 
     seen = []
     found = timing.interleaved(
@@ -117,9 +117,24 @@ def test_the_command_writes_results_and_renders_them(tmp_path):
 
 def test_the_trace_holds_the_engines_phases(tmp_path):
     to = tmp_path / "trace.json"
-    done = CliRunner().invoke(
-        command, ["mining", "--quick", "--profile", str(to), "--backend", "reference"], catch_exceptions=False
-    )
+    done = CliRunner().invoke(command, ["mining", "--quick", "--profile", str(to)], catch_exceptions=False)
     assert done.exit_code == 0
     names = {event.get("name") for event in json.loads(to.read_text())["traceEvents"]}
     assert {"cascade::mine", "cascade::loss", "cascade::push"} <= names
+
+
+def test_the_loss_is_judged_and_timed(tmp_path, monkeypatch):
+    from cascade_engine.benchmarks import contrast
+
+    monkeypatch.setattr(contrast, "SIZES", ((4, 300),))
+    to = tmp_path / "loss.json"
+    done = CliRunner().invoke(command, ["mining", "--loss", "--rounds", "1", "--json", str(to)], catch_exceptions=False)
+    assert done.exit_code == 0
+    assert set(json.loads(to.read_text())[0]["contestants"]) == {"torch, mask", "torch, gather", "engine", "products"}
+
+
+def test_peak_memory_beyond_the_bank_is_measured_in_fresh_processes():
+    from cascade_engine.benchmarks.memory import peaks
+
+    rows = list(peaks(subjects=("rgb:10",), keys=4096, queries=64))
+    assert all(row["peak_beyond_mib"] >= 0 and row["score_matrix_mib"] == 1 for row in rows)

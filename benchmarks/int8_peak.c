@@ -1,0 +1,33 @@
+/* The machine's int8 peak: independent 8-bit dot products on registers alone, nothing read from memory.
+ *
+ * Compiled by the mining benchmark with -O2 -march=native where there is a compiler; 0 where the processor has no
+ * 8-bit dot product of 512 bits. */
+#include <stdint.h>
+
+#if defined(__AVX512VNNI__)
+#include <immintrin.h>
+
+enum { ACCUMULATORS = 16, OPERATIONS = 64 * 2 }; /* 64 products and 64 sums an instruction */
+
+/* Runs `rounds` rounds and returns the operations done; `sink` keeps the sums from being thrown away. */
+int64_t int8_operations(int64_t rounds, int32_t* sink) {
+  __m512i sums[ACCUMULATORS];
+  for (int i = 0; i < ACCUMULATORS; ++i) sums[i] = _mm512_set1_epi32(i);
+  __m512i a = _mm512_set1_epi8(3), b = _mm512_set1_epi8(5);
+  for (int64_t round = 0; round < rounds; ++round) {
+#pragma GCC unroll 16
+    for (int i = 0; i < ACCUMULATORS; ++i) sums[i] = _mm512_dpbusd_epi32(sums[i], a, b);
+    __asm__ volatile("" : "+v"(a), "+v"(b)); /* what is multiplied may have changed: the loop cannot be folded */
+  }
+  __m512i all = sums[0];
+  for (int i = 1; i < ACCUMULATORS; ++i) all = _mm512_add_epi32(all, sums[i]);
+  *sink = _mm512_reduce_add_epi32(all);
+  return rounds * ACCUMULATORS * OPERATIONS;
+}
+#else
+int64_t int8_operations(int64_t rounds, int32_t* sink) {
+  (void)rounds;
+  *sink = 0;
+  return 0;
+}
+#endif
