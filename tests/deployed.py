@@ -58,7 +58,7 @@ def signature(made, *, labels=LABELS, features="backbone"):
                 name=view,
                 channels=2 if view == "flow" else 3,
                 dtype="uint8" if view == "rgb" else "int8",
-                dim=made.streams[view].feature_dim,
+                dim=made.dims[view],
             )
             for view in made.views
         ),

@@ -69,6 +69,7 @@ class Classifier(nn.Module):
         self.views = tuple(streams)
         self.side, self.crops = side, crops
         self.labelled = widths != {None}
+        self.dims = {view: stream.feature_dim for view, stream in streams.items()}
 
     def forward(self, *pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Probabilities (B, classes) where labelled, then each view's features (B, D) of unit length.

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import torch
 
 STRENGTHS = tuple(10.0**power for power in range(-4, 1))
-MAX_STEPS = 200
+MAX_STEPS = 100
 
 
 def validation_videos(train: FeatureSet, share: float, seed: int) -> I64:
@@ -111,7 +111,12 @@ def _fit(train: FeatureSet, rows: Any, strength: float) -> _Layer:
     weight = torch.zeros(len(train.classes), x.shape[1], dtype=torch.float64, requires_grad=True)
     bias = torch.zeros(len(train.classes), dtype=torch.float64, requires_grad=True)
     optimiser = torch.optim.LBFGS(
-        [weight, bias], max_iter=MAX_STEPS, tolerance_grad=1e-7, history_size=20, line_search_fn="strong_wolfe"
+        [weight, bias],
+        max_iter=MAX_STEPS,
+        tolerance_grad=1e-5,
+        tolerance_change=1e-7,
+        history_size=20,
+        line_search_fn="strong_wolfe",
     )
 
     def objective() -> torch.Tensor:

@@ -192,6 +192,10 @@ class FeatureStore:
         """The number of the current phase's last commit."""
         return self._at(None).record.commit
 
+    def model(self, phase: str | None = None) -> str | None:
+        """What computed a phase's features, as it was told when the phase was made."""
+        return self._at(phase).record.model
+
     @property
     def sealed(self) -> bool:
         """Whether the current phase is final."""

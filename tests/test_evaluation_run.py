@@ -1,0 +1,148 @@
+"""Protocols, mining metrics and the report of a run, and the commands that print them."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import runs
+from cascade_engine.cli.main import main
+from click.testing import CliRunner
+
+import cascade_engine as ce
+from cascade_engine.errors import InvalidInput
+from cascade_engine.evaluation.mining import mining
+from cascade_engine.evaluation.neighbours import retrieval
+from cascade_engine.evaluation.of_run import collect, windows_of
+from cascade_engine.evaluation.run_report import ReportConfig, report_run, sample_queries
+from cascade_engine.store import FeatureStore
+
+PLAN = ce.CascadePlan.parse("residual:50%,rgb:3")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return runs.make(tmp_path_factory.mktemp("judged"))
+
+
+def cascade(*arguments):
+    done = CliRunner().invoke(main, [str(each) for each in arguments], standalone_mode=False)
+    if done.exception is not None:
+        raise done.exception
+    return done.stdout
+
+
+def test_splits_hold_the_stored_features_of_their_videos(run):
+    splits = collect(run, "rgb")
+    assert splits.train.classes == ("blue", "green", "red")
+    with FeatureStore.open(run.store_path, phase="first") as store:
+        rows = store.column("split") == "test"
+        assert np.array_equal(splits.test.values, store.features("rgb_backbone")[rows])
+        assert np.array_equal(splits.test.video_id, store.column("video_id")[rows])
+        names = [splits.test.classes[each] for each in splits.test.label]
+        assert names == store.column("label")[rows].tolist()
+    assert not set(splits.test.video_id) & set(splits.train.video_id)
+
+
+def test_random_weights_are_those_before_training_computed_anew(run):
+    """The fixture's phase left the weights as they were, so both must agree."""
+    for kind in ("backbone", "projection"):
+        stored, anew = collect(run, "rgb", kind=kind), collect(run, "rgb", phase="initial", kind=kind)
+        assert np.abs(stored.test.values - anew.test.values).max() < 1e-5
+        assert anew.of["phase"] == "initial"
+
+
+def test_raw_pixels_are_a_baseline_that_sees_colour(run):
+    splits = collect(run, "rgb", kind="pixels")
+    assert splits.test.values.shape[1] == 4 * 16 * 16 * 3
+    cache, table = windows_of(run)
+    row = table.of_split("test")[0]
+    frames = cache.frames("rgb", int(table.row[row]), int(table.start_frame[row]), table.clip_length)[::2]
+    assert splits.test.values[0].mean() == pytest.approx(frames.mean(), abs=0.5)
+    assert retrieval(splits.test, splits.train).figures["R@1"] == 1.0
+
+
+def test_what_a_run_does_not_have_is_refused_by_name(run):
+    for arguments, message in [
+        ({"view": "flow"}, "view: expected one of rgb, residual"),
+        ({"view": "rgb", "phase": "later"}, "phase: expected one of initial, first"),
+        ({"view": "rgb", "test_split": "val"}, "labelled windows in 'val', found none .splits: test, train"),
+        ({"view": "rgb", "kind": "head"}, "kind: expected one of"),
+    ]:
+        with pytest.raises(InvalidInput, match=message):
+            collect(run, **arguments)
+
+
+def test_mining_scores_are_counted_by_hand(run):
+    with FeatureStore.open(run.store_path, phase="first") as store:
+        found = mining(store, PLAN, where="split == 'train'")
+        bank = store.bank(("residual", "rgb"), where="split == 'train'")
+        rows = store.rows_of(bank.clip_id)
+        label, video = store.column("label")[rows], store.column("video_id")[rows]
+    positives = ce.mine_self(PLAN, bank)
+    assert (positives.index >= 0).all()
+    assert not (video[positives.index] == video[:, None]).any()
+    right = label[positives.index] == label[:, None]
+    assert found.figures["precision"] == right.mean()
+    assert found.figures["recall_at_1"] == right[:, 0].mean()
+    chosen = set(video[positives.index].ravel().tolist())
+    assert found.figures["coverage"] == len(chosen) / len(set(video.tolist()))
+    for row in found.per_class:
+        members = label == row["class"]
+        assert row["precision"] == pytest.approx(right[members].mean())
+        hit = {int(video[j]) for i in np.flatnonzero(members) for j in positives.index[i] if label[j] == row["class"]}
+        assert row["recall"] == len(hit) / row["videos"]
+    assert set(found.views) == {"residual", "rgb", "agreement"}
+
+
+@pytest.mark.parametrize("protocol", ["retrieval", "knn", "linear"])
+def test_the_protocols_commands_give_the_same_bits_twice(run, protocol, tmp_path):
+    page = tmp_path / "page.html"
+    first = cascade("eval", protocol, run.folder, "--json", "-o", page)
+    assert first == cascade("eval", protocol, run.folder, "--json")
+    found = json.loads(first)
+    assert found["protocol"] == protocol
+    assert found["features"] == {
+        "view": "rgb",
+        "phase": "first",
+        "kind": "backbone",
+        "train_split": "train",
+        "test_split": "test",
+    }
+    assert np.sum(found["confusion"]) == 6
+    assert all(0 <= value <= 1 for value in found["figures"].values())
+    assert "<svg" in page.read_text()
+
+
+def test_people_get_a_table(run):
+    text = cascade("eval", "retrieval", run.folder, "--kind", "pixels")
+    assert "R@1 1.0000" in text
+    assert re.search(r"green\s+2\s+1\.000", text)
+    text = cascade("eval", "mining", run.folder)
+    assert "plan residual:50%,rgb:3" in text
+    assert "precision 0." in text or "precision 1." in text
+    assert json.loads(cascade("eval", "mining", run.folder, "--json", "--plan", "rgb:2"))["plan"] == "rgb:2"
+
+
+def test_the_report_holds_every_part_and_fetches_nothing(run, tmp_path):
+    path = report_run(run, tmp_path / "report.html", ReportConfig(queries=3))
+    text = path.read_text()
+    titles = re.findall(r"<h2>(.*?)</h2>", text)
+    assert titles == ["Phases", "Training", "Retrieval", "Mining", "The cascade at work", "Maps of the features"]
+    assert text.count('<div class="cascade">') == 3
+    assert not re.search(r"(src|href)=\"(?!data:)", text)
+    assert "raw pixels" in text
+    assert "random weights" in text
+    # loss and precision curves, two maps (one a view) and a confusion matrix
+    assert text.count("<svg") == 5
+    assert cascade("report", run.folder, "-o", tmp_path / "by-command.html", "--queries", 3).endswith(" MB\n")
+    assert (tmp_path / "by-command.html").read_text() == text
+
+
+def test_queries_are_drawn_from_all_classes():
+    labels = np.array(["a"] * 10 + ["b"] * 2 + ["c"])
+    rows = sample_queries(labels, 5, 0)
+    assert len(set(rows)) == 5
+    assert {str(labels[row]) for row in rows[:3]} == {"a", "b", "c"}
+    assert len(sample_queries(labels, 50, 0)) == 13
+    assert rows == sample_queries(labels, 5, 0)

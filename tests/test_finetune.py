@@ -1,0 +1,139 @@
+"""Fine-tuning on a run, its test, its export; and the protocols on the same run."""
+
+import numpy as np
+import pytest
+import runs
+import torch
+
+from cascade_engine.deployment.artefact import load, save
+from cascade_engine.deployment.assemble import assemble
+from cascade_engine.deployment.finetune import finetune
+from cascade_engine.deployment.finetuned import FinetuneConfig, FineTuned
+from cascade_engine.deployment.judging import LabelledWindows, judge
+from cascade_engine.deployment.predict import predict
+from cascade_engine.errors import CheckpointError, InvalidInput
+from cascade_engine.store import FeatureStore
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return runs.make(tmp_path_factory.mktemp("tuned"))
+
+
+@pytest.fixture(scope="module")
+def tuned(run):
+    return finetune(run, FinetuneConfig(view="rgb", epochs=15, batch=8))
+
+
+def test_colours_are_learnt(tuned):
+    assert tuned.labels == ("blue", "green", "red")
+    assert [row["epoch"] for row in tuned.curve] == list(range(1, 16))
+    assert tuned.curve[-1]["loss"] < tuned.curve[0]["loss"]
+    scores = judge([tuned])
+    assert scores.confusion.sum() == 6
+    assert scores.figures["accuracy"] > 0.6  # chance is a third
+
+
+def test_it_learns_the_same_bits_twice_and_leaves_the_global_generator_alone(run):
+    config = FinetuneConfig(view="residual", epochs=2, batch=8)
+    before = torch.random.get_rng_state()
+    one, two = finetune(run, config), finetune(run, config)
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert one.curve == two.curve
+    for name, value in one.stream.state_dict().items():
+        assert torch.equal(value, two.stream.state_dict()[name])
+
+
+def test_the_head_alone_leaves_the_encoder_as_it_was(run):
+    tuned = finetune(run, FinetuneConfig(view="rgb", layers="head", epochs=1, batch=8))
+    trained = run.encoder("rgb").backbone.state_dict()
+    for name, value in tuned.stream.backbone.state_dict().items():
+        assert torch.equal(value, trained[name]), name
+
+
+def test_test_videos_are_never_read_while_learning(run, monkeypatch):
+    windows = LabelledWindows.of(run, "train")
+    test_rows = set(windows.table.row[windows.rows("test")].tolist())
+    asked = set()
+    frames = type(windows.cache).frames
+
+    def noted(self, view, row, start=0, length=None):
+        asked.add(row)
+        return frames(self, view, row, start, length)
+
+    monkeypatch.setattr(type(windows.cache), "frames", noted)
+    finetune(run, FinetuneConfig(view="rgb", layers="head", epochs=1, batch=8))
+    assert asked
+    assert not asked & test_rows
+
+
+def test_what_is_saved_is_what_was_learnt(tuned, tmp_path):
+    tuned.save(tmp_path)
+    again = FineTuned.open(tmp_path)
+    assert again.labels == tuned.labels
+    assert again.config == tuned.config
+    assert again.curve == tuned.curve
+    assert judge([again]).to_json() == judge([tuned]).to_json()
+    with pytest.raises(CheckpointError, match="no such file"):
+        FineTuned.open(tmp_path / "nowhere")
+
+
+def test_two_streams_are_averaged(run, tuned):
+    other = finetune(run, FinetuneConfig(view="residual", layers="head", epochs=1, batch=8))
+    joint = judge([tuned, other], crops=2)
+    windows = LabelledWindows.of(run, "train")
+    rows = windows.rows("test")
+    means = [windows.per_video(member.classifier(2), rows) for member in (tuned, other)]
+    mean = (means[0][0] + means[1][0]) / 2
+    assert joint.figures["accuracy"] == (mean.argmax(1) == means[0][1]).mean()
+    assert joint.settings["crops"] == 2
+    assert len(joint.settings["members"]) == 2
+
+
+def test_the_exported_two_stream_model_labels_the_files_as_the_live_one_does(run, tuned, tmp_path):
+    """From files through decoding, views and the graph, against the cache and the live modules."""
+    other = finetune(run, FinetuneConfig(view="residual", layers="head", epochs=1, batch=8))
+    tuned.save(tmp_path / "a")
+    other.save(tmp_path / "b")
+    classifier, signature = assemble([tmp_path / "a", tmp_path / "b"])
+    model = load(save(classifier, signature, tmp_path / "model.pt2"))
+    assert model.signature.labels == tuned.labels
+    assert [view.name for view in model.signature.views] == ["rgb", "residual"]
+    windows = LabelledWindows.of(run, "train")
+    rows = windows.rows("test")
+    means, _, ids = windows.per_video(classifier, rows)
+    results = list(predict(model, [run.index[int(video)].path for video in ids]))
+    for mean, result in zip(means, results, strict=True):
+        assert result.problem is None
+        assert np.abs(result.probabilities - mean).max() < 1e-4
+        assert result.best()[0][0] == tuned.labels[int(mean.argmax())]
+
+
+def test_a_run_alone_is_exported_for_its_features(run):
+    classifier, signature = assemble([run.folder], views=["rgb"], features="projection")
+    assert signature.labels == ()
+    assert signature.views[0].dim == run.config.model.dim
+    windows = LabelledWindows.of(run, "train")
+    pixels = windows.pixels("rgb", [0, 1])
+    with torch.no_grad():
+        (found,) = classifier(pixels)
+    with FeatureStore.open(run.store_path, phase="first") as store:
+        assert np.abs(found.numpy() - store.features("rgb")[:2]).max() < 1e-5
+
+
+def test_what_does_not_fit_together_is_refused(run, tuned, tmp_path):
+    tuned.save(tmp_path / "a")
+    with pytest.raises(InvalidInput, match="another view than 'rgb'"):
+        assemble([tmp_path / "a", tmp_path / "a"])
+    with pytest.raises(InvalidInput, match="fine-tuned classifiers"):
+        assemble([tmp_path / "a", run.folder])
+    with pytest.raises(InvalidInput, match="leaves the projection behind"):
+        assemble([tmp_path / "a"], features="projection")
+    with pytest.raises(InvalidInput, match="with a run alone"):
+        assemble([tmp_path / "a"], phase="first")
+    with pytest.raises(InvalidInput, match="two or more labels in 'nowhere'"):
+        finetune(run, FinetuneConfig(view="rgb", train_split="nowhere"))
+    with pytest.raises(InvalidInput, match="epochs and batch of at least 1"):
+        FinetuneConfig(view="rgb", epochs=0)
+    with pytest.raises(InvalidInput, match="expected a run's folder"):
+        assemble([tmp_path])
