@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from cascade_engine.mining import select as select
     from cascade_engine.plan import CascadePlan as CascadePlan
     from cascade_engine.queue import KeyQueue as KeyQueue
+    from cascade_engine.searching import search as search
     from cascade_engine.store import FeatureStore as FeatureStore
     from cascade_engine.training.loop import train as train
 
@@ -31,6 +32,7 @@ _HOME = {
     "mine_and_contrast": "loss",
     "mine_self": "mining",
     "multi_positive_nce": "loss",
+    "search": "searching",
     "select": "mining",
     "train": "training.loop",
 }

@@ -201,6 +201,38 @@ class FeatureStore:
         """Whether the current phase is final."""
         return self._at(None).record.sealed
 
+    def count(self, phase: str | None = None, at: int | None = None) -> int:
+        """Clips committed in a phase, now or at an older commit."""
+        return self._at(phase).rows(at)
+
+    def identity(self, phase: str | None = None) -> tuple[Path, str, int, bool]:
+        """A phase's folder, its uid for good, its last commit, and whether it is sealed."""
+        held = self._at(phase)
+        return held.folder, held.record.uid, held.record.commit, held.record.sealed
+
+    def coverage(self) -> dict[str, dict[str, int]]:
+        """How many clips have each view, by phase."""
+        return {
+            phase: {view: int(self.present(view, phase=phase).sum()) for view in self._at(phase).record.views}
+            for phase in self.phases
+        }
+
+    def missing(self, view: str, *, phase: str | None = None, of: str | None = None) -> Rows:
+        """The ids of clips without a view in a phase, ascending.
+
+        Args:
+            view: the view.
+            phase: where it is looked for; the current phase by default.
+            of: the phase whose clips are asked about; `phase` itself by default.
+        """
+        held = self._at(phase)
+        asked = np.asarray(self._at(of or phase).column("clip_id"))
+        if view not in held.record.views:
+            return np.sort(asked)
+        there = np.asarray(held.column("clip_id"))[held.present(view)]
+        found: Rows = np.setdiff1d(asked, there)
+        return found
+
     def log(self, phase: str | None = None) -> list[Commit]:
         """All commits of a phase, oldest first; their numbers are what `at` takes."""
         return self._at(phase).log
