@@ -166,10 +166,11 @@ def diff(
     plan = CascadePlan.parse(f"{view}:{k}")
     neighbours = []
     for bank, rows in zip(banks, (rows_a, rows_b), strict=True):
-        shared = Bank({view: bank.keys[view][rows]}, _ids(bank)[0][rows], checked=True)
+        video = _ids(bank)[0][rows]
+        shared = Bank({view: bank.keys[view][rows]}, video, checked=True)
         queries = {view: shared.keys[view][chosen]}
         parts = [
-            mine(plan, {view: queries[view][tile]}, shared, shared.video_id[chosen][tile], backend=backend).index
+            mine(plan, {view: queries[view][tile]}, shared, video[chosen][tile], backend=backend).index
             for tile in _tiles(queries, shared, masked=False)
         ]
         neighbours.append(np.concatenate(parts) if parts else np.empty((0, k), np.int64))
