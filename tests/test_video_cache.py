@@ -248,6 +248,7 @@ def test_wherever_the_files_were_cut_off_a_build_continues(index, whole, tmp_pat
             )
         (folder / "parts" / "half.new").mkdir(parents=True)
         assert same(ClipCache.build(index, ALL, 32, folder), whole)
+        assert (folder / "journal.jsonl").read_bytes() == lines, "no torn line is left for the next build"
 
 
 def test_a_full_disk_is_told_and_costs_nothing(index, whole, tmp_path, monkeypatch):

@@ -126,10 +126,11 @@ def test_damage_in_the_middle_is_flagged_and_the_rest_is_read(tmp_path):
 
 def test_a_playlist_opens_no_other_file(tmp_path):
     films.write(tmp_path / "secret.ts", films.moving(10))
-    playlist = tmp_path / "upload.mp4"
-    playlist.write_text("#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:0.4,\nsecret.ts\n#EXT-X-ENDLIST\n")
-    with pytest.raises(VideoError, match="not a readable video"):
-        read_frames(playlist, size=32)
+    for name in ("upload.mp4", "upload.m3u8"):
+        playlist = tmp_path / name
+        playlist.write_text("#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:0.4,\nsecret.ts\n#EXT-X-ENDLIST\n")
+        with pytest.raises(VideoError, match="not a readable video"):
+            read_frames(playlist, size=32)
 
 
 def test_bad_arguments_are_refused(plain):

@@ -1,5 +1,7 @@
 """The rendered benchmark: labelled, deterministic, resumable, and its splits share no background."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -11,7 +13,7 @@ pytest.importorskip("pybullet")
 pytest.importorskip("skimage")
 pytest.importorskip("sklearn")
 
-from cascade_engine.video import mocap15
+from cascade_engine.video import mocap15, scene
 from cascade_engine.video.photos import photographs
 
 
@@ -77,6 +79,19 @@ def test_splits_share_no_background_pixel():
     for left, right in zip(train, test, strict=True):
         whole = left.shape[1] + right.shape[1]
         assert left.shape[1] == int(0.7 * whole)
+
+
+def test_postures_change_smoothly(tmp_path):
+    rows = np.zeros((3, 44))
+    rows[:, 0] = 0.1
+    for place in scene.quaternions():
+        rows[:, place] = [1, 0, 0, 0]
+    rows[1, 4:8] *= -1  # the same rotation, written the other way
+    (tmp_path / "motion.txt").write_text(json.dumps({"Loop": "wrap", "Frames": rows.tolist()}))
+    motion = scene.Recording.load(str(tmp_path / "motion.txt"))
+    assert motion.cycle == pytest.approx(0.3)
+    for seconds in np.linspace(0, 1, 41):
+        np.testing.assert_allclose(np.abs(motion.at(seconds)[4:8]), [1, 0, 0, 0], atol=1e-12)
 
 
 @pytest.mark.parametrize("wrong", [{"size": 47}, {"frames": 0}, {"test_share": 1.0}, {"workers": 0}])

@@ -67,17 +67,17 @@ class Recording:
         before, after = self.rows[left], self.rows[right].copy()
         if right == 0:
             after[[1, 3]] = before[[1, 3]]  # where it walked to is where it goes on
-        for place in _quaternions():
+        for place in quaternions():
             # q and -q are one rotation: take the nearer, or the limb swings the long way round.
             if before[place] @ after[place] < 0:
                 after[place] = -after[place]
         row = before * (1 - share) + after * share
-        for place in _quaternions():
+        for place in quaternions():
             row[place] /= np.linalg.norm(row[place])
         return np.asarray(row)
 
 
-def _quaternions() -> Iterator[slice]:
+def quaternions() -> Iterator[slice]:
     """Where the quaternions of a row lie: the root's, then the joints'."""
     yield slice(4, 8)
     place = 8

@@ -85,7 +85,7 @@ def _last_repeated(steps: npt.NDArray[np.int8]) -> npt.NDArray[np.int8]:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """OpenCV on one thread: DIS flow gives other bits for other numbers of threads."""
+    """OpenCV on one thread, its setting put back: processes are what makes extraction parallel."""
     before = cv2.getNumThreads()
     cv2.setNumThreads(1)
     try:
