@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from cascade_engine.errors import InvalidInput, SchemaMismatch, StoreError
 from cascade_engine.store.columns import Dictionary, pack, typed
-from cascade_engine.store.ingest import features
+from cascade_engine.store.ingest import Batch, features
 from cascade_engine.store.layout import (
     BUILT_IN,
     CHUNK_BYTES,
@@ -107,6 +107,21 @@ def set_column(writer: PhaseWriter, name: str, value: object, kind: str | None) 
         writer.pending = replace(writer.pending, columns=columns)
         writer.publish("column")
     return dictionary
+
+
+def note_batch(writer: PhaseWriter, batch: Batch, dictionaries: Mapping[str, Dictionary]) -> None:
+    """Keep what a batch brings besides its rows for the next commit: new categories, and what its values are like."""
+    note_lossless(writer, batch.lossless)
+    for name, fresh in batch.fresh.items():
+        if fresh:
+            path = writer.pending.columns[name].versions[-1][1]
+            note_categories(writer, path, [*dictionaries[name].categories, *fresh])
+
+
+def accept_batch(batch: Batch, dictionaries: Mapping[str, Dictionary]) -> None:
+    """Remember the new categories of a batch that is written."""
+    for name, fresh in batch.fresh.items():
+        dictionaries[name].accept(fresh)
 
 
 def note_lossless(writer: PhaseWriter, lossless: Mapping[str, bool | None]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -17,10 +17,11 @@ from cascade_engine.bank import Bank, Metric
 from cascade_engine.errors import InvalidInput, StoreError
 from cascade_engine.store import changing, filtering
 from cascade_engine.store.checking import Problem, verify
+from cascade_engine.store.clips import ClipIndex
 from cascade_engine.store.columns import Categorical, Dictionary
 from cascade_engine.store.creating import make_phase, make_store, phase_names, read_root
 from cascade_engine.store.files import Files, LocalFiles
-from cascade_engine.store.ingest import check_batch
+from cascade_engine.store.ingest import Batch, check_batch
 from cascade_engine.store.layout import BUILT_IN, CHUNK_BYTES, check_columns, check_phase, check_views
 from cascade_engine.store.locking import take_lock
 from cascade_engine.store.mapping import prefetch as prefetch_rows
@@ -192,10 +193,6 @@ class FeatureStore:
         """The number of the current phase's last commit."""
         return self._at(None).record.commit
 
-    def model(self, phase: str | None = None) -> str | None:
-        """What computed a phase's features, as it was told when the phase was made."""
-        return self._at(phase).record.model
-
     @property
     def sealed(self) -> bool:
         """Whether the current phase is final."""
@@ -209,6 +206,10 @@ class FeatureStore:
         """A phase's folder, its uid for good, its last commit, and whether it is sealed."""
         held = self._at(phase)
         return held.folder, held.record.uid, held.record.commit, held.record.sealed
+
+    def float16_lossless(self, phase: str | None = None) -> dict[str, bool]:
+        """Which float32 views hold nothing that float16 would round: half the space would hold the same."""
+        return {name: bool(view.float16_lossless) for name, view in self._at(phase).record.views.items()}
 
     def coverage(self) -> dict[str, dict[str, int]]:
         """How many clips have each view, by phase."""
@@ -232,6 +233,10 @@ class FeatureStore:
         there = np.asarray(held.column("clip_id"))[held.present(view)]
         found: Rows = np.setdiff1d(asked, there)
         return found
+
+    def model(self, phase: str | None = None) -> str | None:
+        """What computed a phase's features, as it was told when the phase was made."""
+        return self._at(phase).record.model
 
     def log(self, phase: str | None = None) -> list[Commit]:
         """All commits of a phase, oldest first; their numbers are what `at` takes."""
@@ -268,21 +273,75 @@ class FeatureStore:
         writer = self._writing()
         given = {"clip_id": clip_id, "video_id": video_id, "start": start, "end": end, **columns}
         batch = check_batch(writer.pending, writer.next_commit, self._dictionaries, views, present or {}, given)
-        ids = batch.rows["clip_id"]
         index = self._at(None).clips
-        if len(again := index.duplicates(ids)):
-            raise InvalidInput(f"clip_id: expected new clips, got clip {int(again[0])} again")
+        _require_new(index, batch)
         with writer.transaction():
-            changing.note_lossless(writer, batch.lossless)
-            for name, fresh in batch.fresh.items():
-                if fresh:
-                    known = [*self._dictionaries[name].categories, *fresh]
-                    changing.note_categories(writer, writer.pending.columns[name].versions[-1][1], known)
+            changing.note_batch(writer, batch, self._dictionaries)
             writer.append(batch.rows, batch.clips)
-        for name, fresh in batch.fresh.items():
-            self._dictionaries[name].accept(fresh)
-        self._moved(index, ids)
+        changing.accept_batch(batch, self._dictionaries)
+        index.add(batch.rows["clip_id"])
+        self._moved(index)
         return batch.clips
+
+    def append_all(self, batches: Iterable[tuple[str, Mapping[str, Any]]], sources: Sequence[str]) -> int:
+        """Add many batches in one commit, and return how many clips.
+
+        Args:
+            batches: the uid of the store that a batch comes from, and the arguments of `append`; features are taken
+                as they are. Batches of a source that was taken in by an earlier call are left out.
+            sources: the uids of all sources, which are remembered.
+
+        Raises:
+            InvalidInput: a batch does not fit, or brings a clip again; nothing is committed then.
+        """
+        writer = self._writing()
+        self.flush()
+        index = ClipIndex(np.asarray(self._at(None).column("clip_id")))
+        dictionaries = {name: Dictionary(each.categories) for name, each in self._dictionaries.items()}
+        known, before = set(writer.record.merged), writer.record.rows
+        with writer.transaction():
+            for uid, given in batches:
+                if uid in known:
+                    continue
+                views = {name: replace(view, normalised=False) for name, view in writer.pending.views.items()}
+                as_is, own = replace(writer.pending, views=views), dict(given)
+                values, present = own.pop("views"), own.pop("present", {})
+                batch = check_batch(as_is, writer.next_commit, dictionaries, values, present, own)
+                _require_new(index, batch)
+                changing.note_batch(writer, batch, dictionaries)
+                writer.write(batch.rows, batch.clips)
+                changing.accept_batch(batch, dictionaries)
+                index.add(batch.rows["clip_id"])
+            writer.pending = replace(writer.pending, merged=(*writer.record.merged, *(set(sources) - known)))
+            writer.publish("merge")
+        self._dictionaries = dictionaries
+        self._moved(index)
+        return writer.record.rows - before
+
+    def like(self, path: str | os.PathLike[str], *, durability: Durability = "commit") -> FeatureStore:
+        """A new, empty store with the views, types and columns of the current phase."""
+        record = self._at(None).record
+        store = empty_record(
+            phase=self.phase,
+            uid=uuid.uuid4().hex,
+            views={name: replace(view, float16_lossless=None) for name, view in record.views.items()},
+            columns={name: each.type for name, each in record.columns.items() if name not in BUILT_IN},
+            chunk_bytes=max(record.arrays[view].chunk_bytes for view in record.views),
+        )
+        root = Path(path)
+        root.parent.mkdir(parents=True, exist_ok=True)
+        make_store(root, store)
+        return FeatureStore.open(root, mode="a", durability=durability)
+
+    def coded(self, name: str, *, phase: str | None = None, at: int | None = None) -> Values | Categorical:
+        """A column's values (n,), mapped; text as codes with their meaning."""
+        return self._at(phase).column(name, at)
+
+    def schema(self, phase: str | None = None) -> tuple[dict[str, int], dict[str, str]]:
+        """The views with their widths and the columns with their types of any phase."""
+        record = self._at(phase).record
+        views = {name: view.dim for name, view in record.views.items()}
+        return views, {name: column.type for name, column in record.columns.items()}
 
     def fill(self, view: str, clip_id: object, value: object) -> None:
         """Give clips a view that they are missing, in one commit.
@@ -532,13 +591,16 @@ class FeatureStore:
             self._snapshots[name] = Phase(folder, record)
         return self._snapshots[name]
 
-    def _moved(self, index: Any, ids: Rows | None = None) -> None:
+    def _moved(self, index: ClipIndex) -> None:
         """Look at the writer's newest commit from now on; the index of clips goes along."""
-        if ids is not None:
-            index.add(ids)
         if self._writer is not None and self._at(None).record is not self._writer.record:
             self._snapshots[self.phase] = Phase(self.path / "phases" / self.phase, self._writer.record)
             self._snapshots[self.phase].clips = index
+
+
+def _require_new(index: ClipIndex, batch: Batch) -> None:
+    if len(again := index.duplicates(batch.rows["clip_id"])):
+        raise InvalidInput(f"clip_id: expected new clips, got clip {int(again[0])} again")
 
 
 def _tensor(values: Values, device: str) -> Any:

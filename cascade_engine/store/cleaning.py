@@ -1,0 +1,70 @@
+"""`gc`: what crashes leave behind, removed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from cascade_engine.store.creating import phase_names, read_root
+from cascade_engine.store.locking import take_lock
+from cascade_engine.store.record import Record, read_record
+
+
+def clean(root: Path, *, dry_run: bool = False) -> list[tuple[Path, int]]:
+    """Remove temporary files, half-made phases and chunk files past the last commit; returns them with their bytes.
+
+    Args:
+        root: the store.
+        dry_run: remove nothing.
+
+    Raises:
+        StoreLocked: a writer is at work; what looks left behind may be its.
+    """
+    read_root(root)
+    gone = [(each, _bytes(each)) for each in root.parent.glob(f"{root.name}.new-*") if not _runs(each)]
+    locks = []
+    try:
+        for name in phase_names(root):
+            folder = root / "phases" / name
+            locks.append(take_lock(folder / "commits" / "aside" / "writer.lock", f"phase {name!r} of {root}"))
+            record = read_record(folder)
+            gone += [(each, _bytes(each)) for each in folder.rglob("*.new")]
+            gone += [(each, _bytes(each)) for each in _past(folder, record)]
+        if not dry_run:
+            for path, _ in gone:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    finally:
+        for lock in locks:
+            os.close(lock)
+    return gone
+
+
+def _past(folder: Path, record: Record) -> list[Path]:
+    """Chunk files beyond what is committed, and arrays that no commit knows."""
+    found = []
+    for each in folder.iterdir():
+        if not each.is_dir():
+            continue
+        if each.name not in record.arrays:
+            found.append(each)
+            continue
+        spec, length = record.arrays[each.name], record.tails[each.name].length
+        first = -(-length // spec.chunk)
+        found += [file for file in each.glob("c.*") if int(file.name.split(".")[1]) >= first and _is_chunk(file)]
+    return found
+
+
+def _is_chunk(file: Path) -> bool:
+    return all(part.isdigit() for part in file.name.split(".")[1:])
+
+
+def _runs(folder: Path) -> bool:
+    """Whether the process that is making this folder still runs."""
+    pid = folder.name.rpartition("-")[2]
+    return pid.isdigit() and Path(f"/proc/{pid}").exists()
+
+
+def _bytes(path: Path) -> int:
+    files = [path] if path.is_file() else [each for each in path.rglob("*") if each.is_file()]
+    return sum(each.stat().st_blocks * 512 for each in files)

@@ -1,0 +1,119 @@
+"""`cascade store`, as it is called."""
+
+import json
+
+import numpy as np
+import pytest
+from cascade_engine.cli.store import command
+from click.testing import CliRunner
+from store_rows import COLUMNS, VIEWS, batch
+
+import cascade_engine as ce
+from cascade_engine.errors import Corrupt, InvalidInput, StoreError
+from cascade_engine.store import staging
+
+
+def call(*arguments):
+    done = CliRunner().invoke(command, [str(each) for each in arguments])
+    if done.exception is not None and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    assert done.exit_code == 0, done.output
+    return done.stdout
+
+
+@pytest.fixture
+def path(tmp_path):
+    with ce.FeatureStore.create(tmp_path / "s", VIEWS, columns=COLUMNS) as store:
+        store.append(**batch(1, 0, 60))
+    return tmp_path / "s"
+
+
+def test_a_store_is_created_filled_and_described(tmp_path):
+    path = tmp_path / "s"
+    made = json.loads(call("create", path, "--view", "rgb=16", "--view", "flow=8", "--column", "label=str", "--json"))
+    assert made["views"] == VIEWS
+    content = batch(1, 0, 40)
+    arrays = {"embedding": content["views"]["rgb"], "flow": content["views"]["flow"], "label": content["label"]}
+    np.savez(tmp_path / "x.npz", **arrays)
+    found = json.loads(call("import", path, tmp_path / "x.npz", "--map", "embedding=rgb", "--json"))
+    assert found["added"] == found["rows"] == 40
+    about = json.loads(call("info", path, "--json"))
+    assert about["phases"]["main"]["rows"] == 40
+    assert about["phases"]["main"]["coverage"] == {"rgb": 40, "flow": 40}
+    assert about["labels"] == {f"label {i}": 8 for i in range(5)}
+    text = call("info", path)
+    assert "rgb 16 (40), flow 8 (40)" in text
+    assert "label 3" in text
+    call("create", path, "--view", "rgb=16", "--phase", "next")
+    assert set(json.loads(call("info", path, "--json"))["phases"]) == {"main", "next"}
+
+
+def test_an_import_makes_the_store_and_hints_at_float16(tmp_path):
+    values = np.arange(80, dtype=np.float32).reshape(10, 8)
+    np.savez(tmp_path / "x.npz", rgb=values, score=np.linspace(0, 1, 10))
+    text = call("import", tmp_path / "s", tmp_path / "x.npz")
+    assert "10 clips added" in text
+    assert "every value of rgb is exact in float16" in text
+    store = ce.FeatureStore.open(tmp_path / "s")
+    assert np.array_equal(store.features("rgb"), values)
+    assert store.columns["score"] == "float"
+
+
+def test_a_query_answers_as_search_does(path):
+    arguments = ("query", path, "--plan", "flow:50%,rgb:3", "--clip", 5, "--clip", 9, "--where", "clip_id > 20")
+    found = json.loads(call(*arguments, "--json"))
+    hits = ce.search(ce.FeatureStore.open(path), "flow:50%,rgb:3", clip=[5, 9], where="clip_id > 20")
+    assert [each["clip_id"] for each in found] == hits.clip_id.tolist()
+    assert found[0]["label"] == [f"label {clip % 5}" for clip in hits.clip_id[0]]
+    assert f"{hits.similarity[0, 0]:.6f}" in call(*arguments)
+    with pytest.raises(InvalidInput, match="no column is called 'nope'"):
+        call("query", path, "--plan", "rgb:3", "--clip", 5, "--where", "nope")
+
+
+def test_phases_are_compared_sealed_checked_published_and_exported(path, tmp_path):
+    with ce.FeatureStore.open(path, mode="a") as store, store.new_phase("next") as later:
+        later.append(**(batch(1, 0, 50) | {"label": ["x"] * 50}))
+    found = json.loads(call("diff", path, "main", "next", "--view", "rgb", "-k", 4, "--json"))
+    assert found["clips"] == 50
+    assert found["mean_changed"] == 0
+    assert found["without_view"] == {"main": 0, "next": 10}
+    assert "50 clips in both" in call("diff", path, "main", "next", "--view", "rgb")
+    with pytest.raises(StoreError, match="seal it first"):
+        call("publish", path, f"file://{tmp_path}/there")
+    call("seal", path)
+    assert "sent to" in call("publish", path, f"file://{tmp_path}/there")
+    assert ce.FeatureStore.open(tmp_path / "there").rows == 60
+    assert "all bytes are as they were committed" in call("verify", path)
+    assert json.loads(call("verify", path, "--json")) == []
+    assert json.loads(call("export", path, tmp_path / "z", "--to", "zarr", "--json"))["ratio"] > 0
+    call("export", path, tmp_path / "x.parquet", "--to", "parquet", "--where", "clip_id < 7")
+    assert json.loads(call("import", tmp_path / "again", tmp_path / "x.parquet", "--json"))["added"] == 7
+    file = path / "phases/main/clip_id/c.0"
+    data = bytearray(file.read_bytes())
+    data[0] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(Corrupt, match="1 problems"):
+        call("verify", path)
+
+
+def test_staging_groups_are_merged(path):
+    with staging.stage(path, "a") as group:
+        group.append(**batch(2, 60, 10))
+    assert json.loads(call("merge", path, "--json")) == {"added": 10, "rows": 70}
+
+
+def test_gc_removes_what_crashes_leave_and_nothing_else(path):
+    folder = path / "phases/main"
+    left = [folder / "rgb/c.7.0", folder / "rgb/zarr.json.new", folder / "label-9", path.with_name("s.new-999999999")]
+    for each in left[:2]:
+        each.write_bytes(bytes(100))
+    for each in left[2:]:
+        each.mkdir()
+    found = json.loads(call("gc", path, "--dry-run", "--json"))
+    assert sorted(found["files"]) == sorted(map(str, left))
+    assert all(each.exists() for each in left)
+    call("gc", path)
+    assert not any(each.exists() for each in left)
+    store = ce.FeatureStore.open(path)
+    assert store.verify() == []
+    assert store.rows == 60

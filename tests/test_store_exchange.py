@@ -1,0 +1,260 @@
+"""Staging groups merged, phases published and fetched, imports and exports: what goes in comes out."""
+
+import functools
+import http.server
+import os
+import threading
+
+import h5py
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+import xarray
+import zarr
+from store_rows import COLUMNS, VIEWS, batch, wrong_rows
+
+import cascade_engine as ce
+from cascade_engine.errors import Corrupt, InvalidInput, NotFound, StoreError, StoreLocked
+from cascade_engine.store import exchanging, publishing, staging
+
+PAGE = 4096
+
+
+def everything(store):
+    return {name: store.column(name) for name in store.columns} | {view: store.features(view) for view in store.views}
+
+
+def same(a, b):
+    assert a.keys() == b.keys()
+    for name, values in a.items():
+        assert np.array_equal(values, b[name], equal_nan=values.dtype.kind == "f"), name
+
+
+@pytest.fixture
+def path(tmp_path):
+    with ce.FeatureStore.create(tmp_path / "s", VIEWS, columns=COLUMNS, chunk_bytes=PAGE) as store:
+        store.append(**batch(1, 0, 150))
+        store.append(**batch(3, 150, 70))
+    return tmp_path / "s"
+
+
+def test_extractors_write_side_by_side_and_one_commit_takes_all(path):
+    before = ce.FeatureStore.open(path).commit
+    pids = []
+    for worker in range(3):
+        pid = os.fork()
+        if pid == 0:
+            try:
+                with staging.stage(path, f"worker-{worker}") as store:
+                    for part in range(4):
+                        number = 4 + worker * 4 + part
+                        store.append(**batch(number, 220 + worker * 100 + part * 25, 25))
+                os._exit(0)
+            finally:
+                os._exit(1)
+        pids.append(pid)
+    assert [os.waitpid(pid, 0)[1] for pid in pids] == [0, 0, 0]
+    assert len(staging.staged(path)) == 3
+    with ce.FeatureStore.open(path, mode="a") as store:
+        assert staging.merge(store) == 300
+        assert store.commit == before + 1
+        assert store.log()[-1].kind == "merge"
+        assert (
+            wrong_rows(
+                {name: store.column(name) for name in ("clip_id", "video_id", "start", "end")}
+                | {"rgb": store.features("rgb")}
+            )
+            == []
+        )
+        assert store.column("label").tolist() == [f"label {row % 5}" for row in range(520)]
+        numbers = store.column("batch")
+        assert np.array_equal(store.present("flow"), numbers % 3 != 0)
+        assert store.verify() == []
+        store.append(**batch(16, 520, 5))
+    assert not staging.folder(path).exists()
+
+
+def test_a_group_is_merged_once_and_a_clash_merges_nothing(path):
+    for name, first in (("a", 220), ("b", 250)):
+        with staging.stage(path, name) as group:
+            group.append(**batch(5, first, 30))
+    with ce.FeatureStore.open(path, mode="a") as store:
+        assert staging.merge(store, keep=True) == 60
+        assert staging.merge(store, keep=True) == 0
+        with staging.stage(path, "c") as group:
+            group.append(**batch(5, 280, 10))
+        with staging.stage(path, "d") as group:
+            group.append(**batch(5, 289, 10))
+        with pytest.raises(InvalidInput, match="clip 289 again"):
+            staging.merge(store)
+        assert store.rows == 280
+        store.append(**batch(5, 280, 1))
+        assert store.verify() == []
+        with staging.stage(path, "e"), pytest.raises(StoreLocked, match=f"pid {os.getpid()}"):
+            staging.merge(store)
+        with pytest.raises(NotFound, match="expected a staging group"):
+            staging.merge(store, [path.parent / "nothing"])
+
+
+@pytest.fixture
+def served(tmp_path):
+    """A folder served over HTTP on this machine."""
+    (tmp_path / "www").mkdir()
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), functools.partial(Quiet, directory=str(tmp_path / "www"))
+    )
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield tmp_path / "www", f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_sealed_phase_is_published_and_read_from_afar(path, tmp_path, served):
+    folder, url = served
+    store = ce.FeatureStore.open(path, mode="a")
+    with pytest.raises(StoreError, match="seal it first"):
+        publishing.publish(store, f"file://{folder}/s")
+    store.seal()
+    sent = []
+    assert publishing.publish(store, f"file://{folder}/s", progress=sent.append) > 50_000
+    assert len(sent) > 20
+    for address in (f"file://{folder}/s", f"{url}/s"):
+        there = publishing.fetch(address, cache=tmp_path / "cache")
+        same(everything(there), everything(store))
+        assert there.verify() == []
+    again = []
+    publishing.fetch(f"{url}/s", cache=tmp_path / "cache", progress=again.append)
+    assert again == [], "the cache serves the second reader"
+    plain = zarr.open_group(str(folder / "s" / "phases" / "main"), mode="r")
+    assert np.array_equal(plain["rgb"][:], store.features("rgb"))
+    other = store.like(tmp_path / "other")
+    other.seal()
+    with pytest.raises(StoreError, match="another phase 'main'"):
+        publishing.publish(other, f"file://{folder}/s")
+    with pytest.raises(NotFound, match="expected a published store"):
+        publishing.fetch(f"{url}/none", cache=tmp_path / "cache")
+
+
+def test_what_was_changed_on_the_way_is_refused(path, tmp_path, served):
+    folder, url = served
+    store = ce.FeatureStore.open(path, mode="a")
+    store.seal()
+    publishing.publish(store, f"file://{folder}/s")
+    file = folder / "s/phases/main/rgb/c.1.0"
+    data = bytearray(file.read_bytes())
+    data[7] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(Corrupt, match=r"rgb/c\.1\.0: expected 4096 bytes as published"):
+        publishing.fetch(f"{url}/s", cache=tmp_path / "cache")
+    assert not list((tmp_path / "cache").rglob("c.1.0")), "nothing of it stays"
+    data[7] ^= 1
+    file.write_bytes(data)
+    manifest = folder / "s/phases/main/commits/aside/manifest.json"
+    manifest.write_text(manifest.read_text().replace('"rgb/c.1.0"', '"../../../../evil"'))
+    with pytest.raises(Corrupt, match="outside its phase"):
+        publishing.fetch(f"{url}/s", cache=tmp_path / "cache")
+    assert not list(tmp_path.rglob("evil"))
+
+
+def tables():
+    rows = np.arange(90)
+    content = batch(1, 0, 90)
+    return {
+        "rgb": content["views"]["rgb"],
+        "flow": content["views"]["flow"],
+        "clip_id": rows,
+        "video_id": rows // 3,
+        "start": content["start"],
+        "end": content["end"],
+        "label": np.array(content["label"]),
+        "batch": content["batch"],
+        "size": content["size"],
+    }
+
+
+def write_as(kind, folder):
+    arrays = tables()
+    if kind == "npz":
+        np.savez(folder / "x.npz", **arrays)
+        return folder / "x.npz"
+    if kind == "npy":
+        (folder / "x").mkdir()
+        for name, values in arrays.items():
+            np.save(folder / "x" / f"{name}.npy", values)
+        return folder / "x"
+    if kind == "parquet":
+        columns = {name: pa.array(list(values) if values.ndim == 2 else values) for name, values in arrays.items()}
+        pq.write_table(pa.table(columns), folder / "x.parquet")
+        return folder / "x.parquet"
+    if kind == "h5":
+        with h5py.File(folder / "x.h5", "w") as file:
+            for name, values in arrays.items():
+                file[name] = values if name != "label" else [text.encode() for text in values]
+        return folder / "x.h5"
+    (folder / "x").mkdir()
+    for start in range(0, 90, 40):
+        part = {name: values[start : start + 40] for name, values in arrays.items()}
+        content = {n: v.tolist() if n == "label" else torch.from_numpy(v.copy()) for n, v in part.items()}
+        torch.save(content, folder / "x" / f"{start:04}.pt")
+    return folder / "x"
+
+
+@pytest.mark.parametrize("kind", ["npz", "npy", "parquet", "h5", "pt"])
+def test_every_format_is_imported_to_the_same_store(tmp_path, kind):
+    source = write_as(kind, tmp_path)
+    views, columns = exchanging.schema_of(next(exchanging.read_tables(source)), {})
+    assert views == VIEWS
+    assert columns == COLUMNS
+    with ce.FeatureStore.create(tmp_path / "s", views, columns=columns) as store:
+        assert exchanging.import_into(store, exchanging.read_tables(source, rows=35)) == 90
+        same(everything(store), tables())
+
+
+def test_clips_in_files_of_their_own_are_imported_in_the_order_of_names(tmp_path):
+    for number in range(5):
+        torch.save({"x": torch.full((6,), float(number)), "label": f"l{number}"}, tmp_path / f"{number}.pt")
+    with ce.FeatureStore.create(tmp_path / "s", {"rgb": 6}, columns={"label": "str"}) as store:
+        assert exchanging.import_into(store, exchanging.read_tables(tmp_path), rename={"x": "rgb"}) == 5
+        assert store.features("rgb")[:, 0].tolist() == [0, 1, 2, 3, 4]
+        assert store.column("label").tolist() == ["l0", "l1", "l2", "l3", "l4"]
+
+
+def test_what_cannot_be_imported_says_why(tmp_path):
+    with pytest.raises(NotFound, match="found nothing"):
+        next(exchanging.read_tables(tmp_path / "none"))
+    (tmp_path / "x.txt").write_text("x")
+    with pytest.raises(InvalidInput, match=r"expected \.npy"):
+        next(exchanging.read_tables(tmp_path / "x.txt"))
+    np.savez(tmp_path / "x.npz", a=np.zeros(3), b=np.zeros(4))
+    with pytest.raises(InvalidInput, match="arrays of one length"):
+        next(exchanging.read_tables(tmp_path / "x.npz"))
+
+
+def test_exports_hold_the_rows(path, tmp_path):
+    store = ce.FeatureStore.open(path)
+    exchanging.to_parquet(store, tmp_path / "x.parquet")
+    table = pq.read_table(tmp_path / "x.parquet")
+    assert table["label"].to_pylist() == store.column("label").tolist()
+    assert [row is not None for row in table["flow"].to_pylist()] == store.present("flow").tolist()
+    with store.like(tmp_path / "back") as back:
+        columns = exchanging.read_tables(tmp_path / "x.parquet")
+        table = next(columns)
+        held = {"flow": ~np.isnan(table["flow"]).any(1)}
+        views = {view: table.pop(view) for view in VIEWS}
+        back.append(views, present=held, **table)
+        same(everything(back), everything(store))
+    for codec in ("zstd", "gzip", "blosc", "none"):
+        raw, packed = exchanging.archive(store, tmp_path / codec, codec, where="clip_id < 100")
+        assert raw > packed or codec == "none"
+        data = xarray.open_zarr(str(tmp_path / codec), consolidated=False)
+        assert np.array_equal(data["rgb"].values, store.features("rgb")[:100])
+        assert np.array_equal(data["start"].values, store.column("start")[:100])
+    with pytest.raises(InvalidInput, match="codec: expected one of"):
+        exchanging.archive(store, tmp_path / "no", "lzma")
