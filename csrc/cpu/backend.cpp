@@ -1,11 +1,17 @@
 #include "cpu/backend.hpp"
 
 #include <algorithm>
+#include <numeric>
 
 #include "cpu/exact.hpp"
+#include "cpu/fast.hpp"
 
 namespace cascade::cpu {
 namespace {
+
+constexpr int64_t small_bank = 512;        // keys: below, scoring exactly costs less than bounds do
+constexpr int64_t packing_pays_from = 16;  // queries: packing costs about as much as scoring so many exactly
+constexpr int64_t few_of_many = 16;        // a stage that keeps at most 1 in 16 is worth 8-bit scores
 
 // Each part takes a run of consecutive queries.
 template <class Work>
@@ -14,17 +20,10 @@ void share_queries(int64_t batch, const Control& control, const Work& work) {
   run_parts(parts, control, [&](int part, int of) { work(batch * part / of, batch * (part + 1) / of); });
 }
 
-template <class Bind>
-void run_exact(std::span<const Stage> stages, int64_t views, int64_t keys, int64_t begin, int64_t end,
-               const Exclusion& exclude, const Answer& answer, const Bind& bind) {
-  ExactCascade cascade(stages, views, keys);
-  std::vector<uint8_t> excluded(keys);
-  std::vector<int64_t> alive;
-  for (int64_t row = begin; row < end && !should_stop(); ++row) {
-    bind(cascade.views(), row);
-    mark_excluded(exclude, row, excluded);
-    cascade.run(excluded, alive, 0, row, answer);
-  }
+std::vector<int64_t> rows_between(int64_t begin, int64_t end) {
+  std::vector<int64_t> rows(end - begin);
+  std::iota(rows.begin(), rows.end(), begin);
+  return rows;
 }
 
 }  // namespace
@@ -40,36 +39,98 @@ Bank::Bank(std::vector<Matrix> views, const int64_t* key_video, Metric metric, c
   update(0, size());
 }
 
-void Bank::update(int64_t first, int64_t count) {
-  if (metric_ == Metric::inner_product) return;
-  std::vector<double> key;
-  for (size_t view = 0; view < views_.size(); ++view)
-    for (int64_t row = first; row < first + count; ++row) {
-      widen_row(views_[view], row, key);
-      kernels_->dots(key.data(), views_[view], nullptr, row, 1, &squared_norms_[view][row]);
-    }
+const Packed16& Bank::packed16(std::span<const int32_t> views, const Control& control) {
+  const std::lock_guard lock(making_);
+  const std::vector<int32_t> wanted(views.begin(), views.end());
+  auto& found = packed16_[wanted];
+  if (!found) found = std::make_unique<Packed16>(views_, metric_, wanted, control);
+  return *found;
 }
 
-void mine(const Bank& bank, std::span<const Stage> stages, std::span<const Matrix> queries, int64_t batch,
+const Packed8& Bank::packed8(std::span<const int32_t> views, const Control& control) {
+  const std::lock_guard lock(making_);
+  const std::vector<int32_t> wanted(views.begin(), views.end());
+  auto& found = packed8_[wanted];
+  if (!found) found = std::make_unique<Packed8>(views_, metric_, wanted, control);
+  return *found;
+}
+
+const VideoIndex& Bank::videos() {
+  const std::lock_guard lock(making_);
+  if (!videos_) videos_ = std::make_unique<VideoIndex>(key_video_, size());
+  return *videos_;
+}
+
+bool Bank::worth_packing(int64_t batch) {
+  const std::lock_guard lock(making_);
+  asked_ += batch;
+  return asked_ >= packing_pays_from;
+}
+
+void Bank::update(int64_t first, int64_t count) {
+  const std::lock_guard lock(making_);
+  if (metric_ != Metric::inner_product) {
+    std::vector<double> key;
+    for (size_t view = 0; view < views_.size(); ++view)
+      for (int64_t row = first; row < first + count; ++row) {
+        widen_row(views_[view], row, key);
+        kernels_->dots(key.data(), views_[view], nullptr, row, 1, &squared_norms_[view][row]);
+      }
+  }
+  for (auto& [views, packed] : packed16_)
+    if (packed && !packed->update(first, count)) packed.reset();  // made anew when next needed
+  for (auto& [views, packed] : packed8_)
+    if (packed) packed->update(first, count);
+  if (videos_) videos_->update(first, count);
+}
+
+void exact_queries(const MineCall& call, std::span<const int64_t> rows) {
+  ExactCascade cascade(call.stages, static_cast<int64_t>(call.queries.size()), call.bank->size());
+  for (const int64_t row : rows) {
+    if (should_stop()) return;
+    for (size_t view = 0; view < call.queries.size(); ++view)
+      if (call.queries[view].data != nullptr)
+        cascade.view(static_cast<int64_t>(view)).bind(*call.bank, static_cast<int32_t>(view), call.queries[view], row);
+    cascade.start(*call.exclude, row);
+    cascade.run(cascade.eligible(), 0, *call.answer);
+  }
+}
+
+void mine(Bank& bank, std::span<const Stage> stages, std::span<const Matrix> queries, int64_t batch,
           const Exclusion& exclude, const Control& control, const Answer& answer) {
-  share_queries(batch, control, [&](int64_t begin, int64_t end) {
-    run_exact(stages, static_cast<int64_t>(queries.size()), bank.size(), begin, end, exclude, answer,
-              [&](std::span<ExactView> views, int64_t row) {
-                for (size_t view = 0; view < views.size(); ++view)
-                  if (queries[view].data != nullptr)
-                    views[view].bind(bank, static_cast<int32_t>(view), queries[view], row);
-              });
-  });
+  const MineCall call{&bank, stages, queries, &exclude, &answer};
+  const Stage& first = stages.front();
+  const bool fast = bank.size() >= small_bank && answer.kept.empty() && is_packable(first) && !first.over_bank &&
+                    bank.worth_packing(batch);
+  if (fast && exclude.query_video != nullptr) bank.videos();
+  if (fast && bank.kernels().tile8 != nullptr && first.keep * few_of_many <= bank.size()) {
+    const Packed8& packed = bank.packed8(first.views, control);
+    return share_queries(batch, control, [&](int64_t begin, int64_t end) {
+      exact_queries(call, stream_queries(call, packed, begin, end));
+    });
+  }
+  if (fast) {
+    std::vector<const Packed16*> packed;
+    for (const Stage& stage : stages) {
+      if (!is_packable(stage) || stage.over_bank || packed.size() == max_rows16) break;
+      packed.push_back(&bank.packed16(stage.views, control));
+    }
+    return share_queries(batch, control, [&](int64_t begin, int64_t end) { dense_queries(call, packed, begin, end); });
+  }
+  share_queries(batch, control, [&](int64_t begin, int64_t end) { exact_queries(call, rows_between(begin, end)); });
 }
 
 void select(std::span<const Stage> stages, std::span<const Matrix> similarities, const Exclusion& exclude,
             const Control& control, const Answer& answer) {
   const int64_t batch = similarities.front().rows, keys = similarities.front().columns;
   share_queries(batch, control, [&](int64_t begin, int64_t end) {
-    run_exact(stages, static_cast<int64_t>(similarities.size()), keys, begin, end, exclude, answer,
-              [&](std::span<ExactView> views, int64_t row) {
-                for (size_t view = 0; view < views.size(); ++view) views[view].bind(similarities[view], row);
-              });
+    ExactCascade cascade(stages, static_cast<int64_t>(similarities.size()), keys);
+    for (int64_t row = begin; row < end && !should_stop(); ++row) {
+      for (size_t view = 0; view < similarities.size(); ++view)
+        cascade.view(static_cast<int64_t>(view)).bind(similarities[view], row);
+      cascade.start(exclude, row);
+      cascade.run(cascade.eligible(), 0, answer);
+    }
   });
 }
 

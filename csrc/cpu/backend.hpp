@@ -2,17 +2,22 @@
 #pragma once
 
 #include <cstdint>
+#include <map>
+#include <memory>
+#include <mutex>
 #include <span>
 #include <vector>
 
 #include "core/plan.hpp"
 #include "core/views.hpp"
 #include "cpu/isa.hpp"
+#include "cpu/packed.hpp"
 #include "cpu/pool.hpp"
+#include "cpu/video_index.hpp"
 
 namespace cascade::cpu {
 
-// What is kept of a bank between calls, beside its keys.
+// A bank with all that is prepared for its searches: each part is made when first needed and kept.
 class Bank {
  public:
   // The keys must outlive the bank.
@@ -27,7 +32,15 @@ class Bank {
   // Each key's inner product with itself in the contract's order, [K]; empty for inner products, which need none.
   std::span<const double> squared_norms(int32_t view) const { return squared_norms_[view]; }
 
-  // The keys in rows [first, first + count) were overwritten: bring what was made of them up to date.
+  // Side by side packed views, and the index of videos; safe to call from several threads.
+  const Packed16& packed16(std::span<const int32_t> views, const Control& control);
+  const Packed8& packed8(std::span<const int32_t> views, const Control& control);
+  const VideoIndex& videos();
+
+  // Counts queries, so that one lonely query does not pay for packing a large bank: true once packing is worth it.
+  bool worth_packing(int64_t batch);
+
+  // The keys in rows [first, first + count) were overwritten: brings what was made of them up to date.
   void update(int64_t first, int64_t count);
 
  private:
@@ -36,6 +49,11 @@ class Bank {
   Metric metric_;
   const Kernels* kernels_;
   std::vector<std::vector<double>> squared_norms_;
+  std::mutex making_;
+  std::map<std::vector<int32_t>, std::unique_ptr<Packed16>> packed16_;
+  std::map<std::vector<int32_t>, std::unique_ptr<Packed8>> packed8_;
+  std::unique_ptr<VideoIndex> videos_;
+  int64_t asked_ = 0;
 };
 
 // Where a call writes. Rows short of candidates end in -1 and -infinity.
@@ -46,7 +64,7 @@ struct Answer {
 };
 
 // The plan's stages over a bank's keys. `queries` are per view of the bank; a view that no stage uses may have no data.
-void mine(const Bank& bank, std::span<const Stage> stages, std::span<const Matrix> queries, int64_t batch,
+void mine(Bank& bank, std::span<const Stage> stages, std::span<const Matrix> queries, int64_t batch,
           const Exclusion& exclude, const Control& control, const Answer& answer);
 
 // The plan's stages over given similarities, float32 or float64, per view [B, K].

@@ -8,6 +8,22 @@ namespace cascade::cpu {
 namespace {
 
 constexpr std::array table{
+#if defined(__x86_64__)
+    Isa{"avx512", "AVX-512 with BW, VL, DQ, VBMI2 and VNNI",
+        [] {
+          return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                 __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+                 __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512vnni");
+        },
+        avx512_kernels},
+    Isa{"avx2", "AVX2 with FMA and F16C",
+        [] {
+          return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+        },
+        avx2_kernels},
+#elif defined(__aarch64__)
+    Isa{"neon", "AArch64", [] { return true; }, neon_kernels},
+#endif
     Isa{"portable", "any machine", [] { return true; }, portable_kernels},
 };
 

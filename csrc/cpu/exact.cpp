@@ -5,6 +5,7 @@
 #include <cmath>
 #include <limits>
 
+#include "cpu/ranking.hpp"
 #include "cpu/widen.hpp"
 
 namespace cascade::cpu {
@@ -32,6 +33,14 @@ double to_bfloat16(double value) {
   return std::bit_cast<double>((bits + half) >> dropped << dropped);
 }
 
+// 1 / (60 + rank) of each key by its value among the others.
+void reciprocal_ranks(std::span<const int64_t> keys, std::span<const double> value, double* out) {
+  std::vector<std::pair<Ranked, int64_t>> order(keys.size());
+  for (size_t i = 0; i < keys.size(); ++i) order[i] = {{value[i], keys[i]}, static_cast<int64_t>(i)};
+  std::sort(order.begin(), order.end(), [](const auto& a, const auto& b) { return before(a.first, b.first); });
+  for (size_t i = 0; i < order.size(); ++i) out[order[i].second] = 1 / (rrf_offset + static_cast<double>(i + 1));
+}
+
 }  // namespace
 
 void widen_row(const Matrix& matrix, int64_t row, std::vector<double>& out) {
@@ -48,19 +57,6 @@ double zsum_weight(double sigma) {
   const double weight = std::min(1 / sigma, largest);
   return weight < smallest_normal ? std::nearbyint(weight * 0x1p133) * 0x1p-133
                                   : std::min(to_bfloat16(weight), largest);
-}
-
-void mark_excluded(const Exclusion& exclude, int64_t row, std::span<uint8_t> excluded) {
-  const auto keys = static_cast<int64_t>(excluded.size());
-  if (exclude.mask != nullptr) {
-    const bool* mask = exclude.mask + row * keys;
-    for (int64_t k = 0; k < keys; ++k) excluded[k] = mask[k];
-  } else if (exclude.query_video != nullptr) {
-    const int64_t video = exclude.query_video[row];
-    for (int64_t k = 0; k < keys; ++k) excluded[k] = exclude.key_video[k] == video;
-  } else {
-    std::fill(excluded.begin(), excluded.end(), uint8_t{0});
-  }
 }
 
 void ExactView::bind(const Bank& bank, int32_t view, const Matrix& queries, int64_t row) {
@@ -101,24 +97,48 @@ void ExactView::scores(const int64_t* keys, int64_t first, int64_t count, double
 ExactCascade::ExactCascade(std::span<const Stage> stages, int64_t views, int64_t keys)
     : stages_(stages), keys_(keys), views_(views), all_(views), have_all_(views) {}
 
+void ExactCascade::start(const Exclusion& exclude, int64_t row) {
+  exclude_ = &exclude;
+  row_ = row;
+  have_eligible_ = false;
+  std::fill(have_all_.begin(), have_all_.end(), false);
+}
+
+std::span<const int64_t> ExactCascade::eligible() {
+  if (have_eligible_) return eligible_;
+  have_eligible_ = true;
+  eligible_.resize(keys_);
+  int64_t count = 0;
+  const bool* mask = exclude_->mask != nullptr ? exclude_->mask + row_ * keys_ : nullptr;
+  for (int64_t key = 0; key < keys_; ++key) {
+    const bool out = mask != nullptr                    ? mask[key]
+                     : exclude_->query_video != nullptr ? exclude_->key_video[key] == exclude_->query_video[row_]
+                                                        : false;
+    eligible_[count] = key;
+    count += out ? 0 : 1;
+  }
+  eligible_.resize(count);
+  return eligible_;
+}
+
+void ExactCascade::score_all(int32_t view) {
+  if (have_all_[view]) return;
+  all_[view].resize(keys_);
+  views_[view].scores(nullptr, 0, keys_, all_[view].data());
+  have_all_[view] = true;
+}
+
 void ExactCascade::column(int32_t view, std::span<const int64_t> keys, double* out) {
   const auto count = static_cast<int64_t>(keys.size());
-  if (!have_all_[view] && count < keys_ - keys_ / 4) return views_[view].scores(keys.data(), 0, count, out);
-  if (!have_all_[view]) {
-    all_[view].resize(keys_);
-    views_[view].scores(nullptr, 0, keys_, all_[view].data());
-    have_all_[view] = true;
-  }
+  const bool nearly_all = count >= keys_ - keys_ / 4;
+  if (!have_all_[view] && !nearly_all) return views_[view].scores(keys.data(), 0, count, out);
+  score_all(view);
   for (int64_t i = 0; i < count; ++i) out[i] = all_[view][keys[i]];
 }
 
 double ExactCascade::deviation(int32_t view) {
   if (keys_ == 0) return 0;
-  if (!have_all_[view]) {
-    all_[view].resize(keys_);
-    views_[view].scores(nullptr, 0, keys_, all_[view].data());
-    have_all_[view] = true;
-  }
+  score_all(view);
   const auto& value = all_[view];
   const auto [low, high] = std::minmax_element(value.begin(), value.end());
   if (*low == *high) return 0;  // whatever their mean rounds to
@@ -134,14 +154,8 @@ double ExactCascade::deviation(int32_t view) {
   return std::sqrt(total / static_cast<double>(keys_));
 }
 
-void ExactCascade::rank(std::span<const int64_t> keys, std::span<const double> value, double* out) {
-  std::vector<std::pair<Ranked, int64_t>> order(keys.size());
-  for (size_t i = 0; i < keys.size(); ++i) order[i] = {{value[i], keys[i]}, static_cast<int64_t>(i)};
-  std::sort(order.begin(), order.end(), [](const auto& a, const auto& b) { return before(a.first, b.first); });
-  for (size_t i = 0; i < order.size(); ++i) out[order[i].second] = 1 / (rrf_offset + static_cast<double>(i + 1));
-}
-
-void ExactCascade::fuse(const Stage& stage, std::span<const int64_t> keys, double* out) {
+void ExactCascade::scores(const Stage& stage, std::span<const int64_t> keys, double* out) {
+  if (stage.fusion == Fusion::none) return column(stage.views[0], keys, out);
   column_.resize(keys.size());
   for (size_t number = 0; number < stage.views.size(); ++number) {
     const int32_t view = stage.views[number];
@@ -150,7 +164,11 @@ void ExactCascade::fuse(const Stage& stage, std::span<const int64_t> keys, doubl
       const double weight = zsum_weight(deviation(view));
       for (double& value : column_) value *= weight;
     }
-    if (stage.fusion == Fusion::rrf) rank(keys, std::vector<double>(column_), column_.data());
+    if (stage.fusion == Fusion::rrf) {
+      ranking_.resize(keys.size());
+      reciprocal_ranks(keys, column_, ranking_.data());
+      column_.swap(ranking_);
+    }
     for (size_t i = 0; i < keys.size(); ++i) {
       if (number == 0)
         out[i] = column_[i];
@@ -164,48 +182,45 @@ void ExactCascade::fuse(const Stage& stage, std::span<const int64_t> keys, doubl
   }
 }
 
-void ExactCascade::run(std::span<const uint8_t> excluded, std::vector<int64_t>& alive, size_t from, int64_t row,
-                       const Answer& answer) {
-  std::fill(have_all_.begin(), have_all_.end(), false);
-  const bool all_eligible = std::any_of(stages_.begin() + static_cast<int64_t>(from), stages_.end(),
-                                        [](const Stage& stage) { return stage.over_bank; });
-  if (from == 0 || all_eligible) {
-    eligible_.clear();
-    for (int64_t k = 0; k < keys_; ++k)
-      if (excluded.empty() || excluded[k] == 0) eligible_.push_back(k);
-  }
-  if (from == 0) alive = eligible_;
+void ExactCascade::keep_best(const Stage& stage, std::vector<int64_t>& keys, int64_t keep) {
+  fused_.resize(keys.size());
+  scores(stage, keys, fused_.data());
+  ranked_.resize(keys.size());
+  for (size_t i = 0; i < keys.size(); ++i) ranked_[i] = {fused_[i], keys[i]};
+  cpu::keep_best(ranked_, keep);
+  for (size_t i = 0; i < ranked_.size(); ++i) keys[i] = ranked_[i].key;
+  keys.resize(ranked_.size());
+}
+
+void ExactCascade::run(std::span<const int64_t> alive, size_t from, const Answer& answer) {
   for (size_t number = from; number < stages_.size(); ++number) {
     const Stage& stage = stages_[number];
-    const std::vector<int64_t>& pool = stage.over_bank ? eligible_ : alive;
+    const auto pool = stage.over_bank ? eligible() : alive;
     fused_.resize(pool.size());
-    fuse(stage, pool, fused_.data());
+    scores(stage, pool, fused_.data());
     ranked_.resize(pool.size());
     for (size_t i = 0; i < pool.size(); ++i) ranked_[i] = {fused_[i], pool[i]};
-    const auto keep = std::min<size_t>(stage.keep, pool.size());
+    cpu::keep_best(ranked_, stage.keep);
     const bool last = number + 1 == stages_.size();
-    const auto end = ranked_.begin() + static_cast<int64_t>(keep);
-    if (keep < pool.size()) std::nth_element(ranked_.begin(), end, ranked_.end(), before);
-    ranked_.resize(keep);
-    if (last || !answer.kept.empty()) std::sort(ranked_.begin(), ranked_.end(), before);
     if (stage.over_bank) {
-      member_.resize(keys_);
-      std::fill(member_.begin(), member_.end(), uint8_t{0});
+      member_.assign(keys_, 0);
       for (const int64_t key : alive) member_[key] = 1;
       std::erase_if(ranked_, [this](const Ranked& each) { return member_[each.key] == 0; });
     }
-    alive.resize(ranked_.size());
-    std::transform(ranked_.begin(), ranked_.end(), alive.begin(), [](const Ranked& each) { return each.key; });
+    if (last || !answer.kept.empty()) sort_best_first(ranked_);
+    alive_.resize(ranked_.size());
+    std::transform(ranked_.begin(), ranked_.end(), alive_.begin(), [](const Ranked& each) { return each.key; });
+    alive = alive_;
     if (!answer.kept.empty()) {
-      int64_t* kept = answer.kept[number] + row * stage.keep;
+      int64_t* kept = answer.kept[number] + row_ * stage.keep;
       std::fill(std::copy(alive.begin(), alive.end(), kept), kept + stage.keep, int64_t{-1});
     }
   }
   const int64_t k = stages_.back().keep;
   for (int64_t i = 0; i < k; ++i) {
     const bool there = i < static_cast<int64_t>(alive.size());
-    answer.index[row * k + i] = there ? alive[i] : -1;
-    answer.similarity[row * k + i] =
+    answer.index[row_ * k + i] = there ? alive[i] : -1;
+    answer.similarity[row_ * k + i] =
         there ? static_cast<float>(ranked_[i].score) : -std::numeric_limits<float>::infinity();
   }
 }

@@ -10,9 +10,6 @@
 
 namespace cascade::cpu {
 
-// One row of a stored matrix as float64, zero padded to a multiple of 8.
-void widen_row(const Matrix& matrix, int64_t row, std::vector<double>& out);
-
 // One query's similarities with the keys of one view, by the contract.
 class ExactView {
  public:
@@ -36,34 +33,47 @@ class ExactCascade {
  public:
   ExactCascade(std::span<const Stage> stages, int64_t views, int64_t keys);
 
-  std::span<ExactView> views() { return views_; }
+  // To be called for each view that a stage uses, then `start`.
+  ExactView& view(int64_t number) { return views_[number]; }
 
-  // Runs the stages from number `from` on, with `alive` (any order) as what stage `from - 1` left, and `excluded` [K]
-  // non-zero for keys that are no candidates. Writes row `row` of the answer.
-  void run(std::span<const uint8_t> excluded, std::vector<int64_t>& alive, size_t from, int64_t row,
-           const Answer& answer);
+  // A new query. `exclude` says which keys are no candidates for row `row`.
+  void start(const Exclusion& exclude, int64_t row);
+
+  // The keys that are candidates, ascending.
+  std::span<const int64_t> eligible();
+
+  // A stage's scores of `keys`.
+  void scores(const Stage& stage, std::span<const int64_t> keys, double* out);
+
+  // Moves the `keep` best of `keys` by the stage's score to the front, in no order.
+  void keep_best(const Stage& stage, std::vector<int64_t>& keys, int64_t keep);
+
+  // Runs the stages from number `from` on, with `alive` (any order) as what the stages before left, and writes the row.
+  void run(std::span<const int64_t> alive, size_t from, const Answer& answer);
 
  private:
-  void fuse(const Stage& stage, std::span<const int64_t> keys, double* out);
   void column(int32_t view, std::span<const int64_t> keys, double* out);
+  void score_all(int32_t view);
   double deviation(int32_t view);
-  void rank(std::span<const int64_t> keys, std::span<const double> value, double* out);
 
   std::span<const Stage> stages_;
   int64_t keys_;
+  const Exclusion* exclude_ = nullptr;
+  int64_t row_ = 0;
   std::vector<ExactView> views_;
-  std::vector<std::vector<double>> all_;  // per view, scores of all keys once a stage has needed (nearly) all
+  std::vector<std::vector<double>> all_;  // per view, scores of all keys once a stage has needed nearly all
   std::vector<bool> have_all_;
-  std::vector<int64_t> eligible_;
+  bool have_eligible_ = false;
+  std::vector<int64_t> eligible_, alive_;
   std::vector<Ranked> ranked_;
   std::vector<uint8_t> member_;
-  std::vector<double> fused_, column_;
+  std::vector<double> fused_, column_, ranking_;
 };
+
+// One row of a stored matrix as float64, zero padded to a multiple of 8.
+void widen_row(const Matrix& matrix, int64_t row, std::vector<double>& out);
 
 // bfloat16(1 / sigma), the weight of a view in zsum; 0 where sigma is 0.
 double zsum_weight(double sigma);
-
-// Marks the keys that are no candidates for one query.
-void mark_excluded(const Exclusion& exclude, int64_t row, std::span<uint8_t> excluded);
 
 }  // namespace cascade::cpu

@@ -10,6 +10,25 @@
 
 namespace cascade::cpu {
 
+constexpr int lanes16 = 32;           // keys in a block of 16-bit keys
+constexpr int lanes8 = 64;            // keys in a block of 8-bit keys
+constexpr int queries16 = 12;         // queries that a 16-bit tile takes at most, in fours
+constexpr int queries8 = 6;           // queries that an 8-bit tile takes
+constexpr int16_t no_score = -32768;  // marks keys that are no candidates; real 16-bit scores are above it
+constexpr int max_rows16 = 16;        // score rows that `split16` carries at most
+
+struct Split {
+  int64_t kept;
+  int64_t open;
+};
+
+// Candidates as columns: where each key sits in the packed bank, and its 16-bit score in each view that is still
+// needed.
+struct Columns {
+  uint32_t* position;          // [n]
+  int16_t* score[max_rows16];  // each [n]; the first is what the stage ranks by
+};
+
 struct Kernels {
   const char* name;
 
@@ -20,10 +39,56 @@ struct Kernels {
                int64_t first,        // used where `rows` is null
                int64_t count,        //
                double* out);         // [count]
+
+  // Scores of a tile as the upper halves of 32-bit sums. |query| |key| < 2^31 - 2^16 in 16-bit units, so by
+  // Cauchy-Schwarz no partial sum overflows, in whatever order, and no score reaches `no_score`.
+  void (*tile16)(const int32_t* queries,  // [steps, count]: two 16-bit values a word
+                 int count,               // 4, 8 or 12
+                 const int32_t* keys,     // [steps, 32]
+                 int64_t steps,           //
+                 int16_t* out,            // [count, 32], rows `stride` apart
+                 int64_t stride);
+
+  // How many of the scores are at least `least`. n is a multiple of 32 in all that follows.
+  int64_t (*count16)(const int16_t* score, int64_t n, int16_t least);
+
+  // The smallest score above `no_score` (32767 where none is) and the largest.
+  void (*range16)(const int16_t* score, int64_t n, int16_t* low, int16_t* high);
+
+  // Copies the scores in [low, high] and returns {how many were above, how many were copied}. Room for 32 more.
+  Split (*collect16)(const int16_t* score, int64_t n, int16_t low, int16_t high, int16_t* out);
+
+  // Moves candidates of score >= high to `kept`, those in [low, high) to `open`; low > no_score. `from.position` may be
+  // null: then it is first, first + 1, ... `kept` may be `from`. `high` may be 32768. Room for 32 more in both.
+  Split (*split16)(const Columns& from, uint32_t first, int64_t n, int rows, int low, int high, const Columns& kept,
+                   const Columns& open);
+
+  // How many of the values are at least `least`; any n.
+  int64_t (*count_float)(const float* value, int64_t n, float least);
+
+  // Upper bounds u = scale * I + beta * residual, I the integer inner product, of 6 queries and 64 keys. Null where
+  // this instruction set has no 8-bit product. Returns which queries have a lane with u >= least; only their rows are
+  // written.
+  uint32_t (*tile8)(const int8_t* queries,  // [6, steps * 4]
+                    const uint8_t* keys,    // [steps, 64, 4], 128 added to each
+                    int64_t steps,          //
+                    const int32_t* start,   // [6]: -128 times the sum of the query
+                    const float* scale,     // [64]; NaN in empty lanes, so that no comparison holds
+                    const float* residual,  // [64]
+                    const float* least,     // [6]
+                    const float* beta,      // [6]
+                    float* upper,           // [6, 64]
+                    uint64_t* lanes);       // [6]: the lanes that reach `least`
 };
 
 // Each lives in a file of its own, compiled for that instruction set; it exports nothing else.
 const Kernels& portable_kernels();
+#if defined(__x86_64__)
+const Kernels& avx2_kernels();
+const Kernels& avx512_kernels();
+#elif defined(__aarch64__)
+const Kernels& neon_kernels();
+#endif
 
 struct Isa {
   const char* name;

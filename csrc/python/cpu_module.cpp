@@ -53,7 +53,7 @@ class HeldBank {
            const std::string& isa)
       : held_(), bank_(make(views, video_id, metric, isa)) {}
 
-  const cpu::Bank& bank() const { return bank_; }
+  cpu::Bank& bank() { return bank_; }
   void update(int64_t first, int64_t count) {
     if (first < 0 || count < 0 || first + count > bank_.size()) throw py::index_error("rows outside the bank");
     const py::gil_scoped_release release;
@@ -113,9 +113,9 @@ void run(int threads, const Call& call) {
   }
 }
 
-py::tuple mine(const HeldBank& held, const Plan& plan, const std::vector<std::pair<py::object, bool>>& queries,
+py::tuple mine(HeldBank& held, const Plan& plan, const std::vector<std::pair<py::object, bool>>& queries,
                const py::object& query_video, const py::object& mask, bool trace, int threads) {
-  const cpu::Bank& bank = held.bank();
+  cpu::Bank& bank = held.bank();
   const auto views = bank.views();
   if (queries.size() != views.size() || plan.views() > static_cast<int32_t>(views.size()))
     throw py::value_error("expected one entry in queries for each view of the bank");

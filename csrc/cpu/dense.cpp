@@ -1,0 +1,326 @@
+// Stages that keep a large share, on 16-bit scores.
+//
+// A tile's score v stands for a true score s (in its units, monotone in the contract's) with v - e <= s <= v + 1 + e, e
+// certified per query (packed.hpp). With w > 1 + 2 e, v_a >= v_b + w proves that a comes before b. Let theta be the
+// m-th largest score, m what the stage keeps. Then
+//   v >= theta + w  is surely in: whatever could come before it has a score above theta, and fewer than m keys do;
+//   v <= theta - w  is surely out: m keys surely come before it;
+// and only the band between is ranked by the contract's float64 similarities. Survivors carry the scores of the views
+// that later stages need, so every view is scored once, in tiles that stream through the cache.
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "cpu/fast.hpp"
+
+namespace cascade::cpu {
+namespace {
+
+constexpr int64_t room = 2 * lanes16;  // kernels write whole vectors past the end
+constexpr double hopeless = 4096;      // an error in score units with which the band is most of the bank
+constexpr int64_t few = 24;            // so few candidates are ranked exactly at once
+constexpr int64_t scores_in_cache =
+    12 << 20;  // bytes of score rows that a thread holds, its share of a last-level cache
+constexpr int64_t keys_in_cache = 384 << 10;  // bytes of packed keys that a run of tiles goes over
+
+// The m-th largest score lies in [low, high].
+struct Threshold {
+  int low;
+  int high;
+};
+
+// Narrows a bracket, count(>= low) = at_low >= m > at_high = count(>= high), until it is no wider than `slack`.
+// Interpolates, with a bisection now and then where the scores are unevenly spread.
+Threshold narrow(const Kernels& kernels, const int16_t* score, int64_t n, int64_t m, int low, int64_t at_low, int high,
+                 int64_t at_high, int slack) {
+  for (int round = 0; high - low > 1 + slack; ++round) {
+    const auto reach = static_cast<int64_t>(high - low) * (at_low - m) / std::max<int64_t>(1, at_low - at_high);
+    const int guess = round % 3 == 2 ? low + (high - low) / 2 : low + static_cast<int>(reach);
+    const int middle = std::clamp(guess, low + 1, high - 1);
+    const int64_t count = kernels.count16(score, n, static_cast<int16_t>(middle));
+    if (count == m) return {middle, middle};
+    if (count > m) {
+      low = middle;
+      at_low = count;
+    } else {
+      high = middle;
+      at_high = count;
+    }
+  }
+  return {low, high - 1};
+}
+
+// Score rows and candidates of the queries a thread works on.
+struct Scratch {
+  std::vector<Buffer<int16_t>> rows;        // per distinct packed view: [queries at a time, positions + room]
+  std::vector<Buffer<int32_t>> words;       // per distinct packed view: the packed queries
+  std::vector<std::vector<double>> errors;  // per distinct packed view: [queries at a time]
+  Buffer<uint32_t> position, open_position;
+  std::vector<Buffer<int16_t>> open_score;
+  Buffer<int16_t> middle;
+  std::vector<int64_t> band, alive;
+  std::vector<double> band_score;
+};
+
+class Dense {
+ public:
+  Dense(const MineCall& call, std::span<const Packed16* const> packed)
+      : call_(call),
+        kernels_(call.bank->kernels()),
+        layout_(packed.front()->layout()),
+        padded_(layout_.positions() + room),
+        exact_(call.stages, static_cast<int64_t>(call.bank->views().size()), call.bank->size()) {
+    for (const Packed16* each : packed) {
+      const auto found = std::find(views_.begin(), views_.end(), each);
+      stage_view_.push_back(static_cast<int>(found - views_.begin()));
+      if (found == views_.end()) views_.push_back(each);
+    }
+    const auto count = views_.size();
+    scratch_.rows.resize(count);
+    scratch_.words.resize(count);
+    scratch_.errors.resize(count);
+    scratch_.open_score.resize(count);
+    column_.resize(count);
+    scratch_.position.reserve(padded_);
+    scratch_.open_position.reserve(padded_);
+    scratch_.middle.reserve(padded_);
+    for (auto& row : scratch_.open_score) row.reserve(padded_);
+    const int64_t row_bytes = padded_ * static_cast<int64_t>(sizeof(int16_t) * count);
+    at_once_ = std::clamp<int64_t>(scores_in_cache / row_bytes / queries16 * queries16, queries16, 4 * queries16);
+    if (row_bytes * at_once_ > 8 * scores_in_cache) at_once_ = 4;
+  }
+
+  void run(int64_t begin, int64_t end) {
+    for (int64_t first = begin; first < end && !should_stop(); first += at_once_) {
+      const int64_t count = std::min(at_once_, end - first);
+      pack(first, count);
+      if (!score()) return;
+      for (int64_t i = 0; i < count; ++i) cascade(first + i, i);
+    }
+  }
+
+ private:
+  // Groups of 12, 8 or 4 queries, as even as they come.
+  void group(int64_t count) {
+    groups_.clear();
+    const int64_t needed = (count + queries16 - 1) / queries16;
+    int64_t left = count;
+    for (int64_t i = 0; i < needed; ++i) {
+      const int64_t share = (left + (needed - i) - 1) / (needed - i);
+      groups_.push_back(static_cast<int>(std::min<int64_t>(queries16, (share + 3) / 4 * 4)));
+      left = std::max<int64_t>(0, left - groups_.back());
+    }
+  }
+
+  void pack(int64_t first, int64_t count) {
+    group(count);
+    int64_t padded = 0;
+    for (const int size : groups_) padded += size;
+    for (size_t view = 0; view < views_.size(); ++view) {
+      const Packed16& packed = *views_[view];
+      scratch_.rows[view].reserve(padded * padded_);
+      scratch_.words[view].reserve(padded * packed.steps());
+      std::fill_n(scratch_.words[view].data(), padded * packed.steps(), 0);
+      scratch_.errors[view].assign(padded, 0.0);
+      int32_t* words = scratch_.words[view].data();
+      int64_t query = 0;
+      for (const int size : groups_) {
+        for (int i = 0; i < size && query < count; ++i, ++query)
+          scratch_.errors[view][query] = packed.pack_query(call_.queries, first + query, {}, words + i, size);
+        words += size * packed.steps();
+      }
+    }
+  }
+
+  // Every view's scores of all keys. Runs of key blocks stay in the cache while all groups of queries pass over them.
+  bool score() {
+    for (size_t view = 0; view < views_.size(); ++view) {
+      const Packed16& packed = *views_[view];
+      const int64_t block_bytes = packed.steps() * lanes16 * 4;
+      const int64_t run = std::max<int64_t>(1, keys_in_cache / block_bytes);
+      for (int64_t start = 0; start < layout_.blocks; start += run) {
+        if (should_stop()) return false;
+        const int64_t stop = std::min(layout_.blocks, start + run);
+        const int32_t* words = scratch_.words[view].data();
+        int16_t* out = scratch_.rows[view].data();
+        for (const int size : groups_) {
+          for (int64_t block = start; block < stop; ++block)
+            kernels_.tile16(words, size, packed.block(block), packed.steps(), out + block * lanes16, padded_);
+          words += size * packed.steps();
+          out += size * padded_;
+        }
+      }
+    }
+    return true;
+  }
+
+  // Marks what is no candidate in the first stage's scores; returns how many candidates are left.
+  int64_t mark(int64_t row, int16_t* score) {
+    for (int64_t lane = 0; lane < layout_.lanes; ++lane)  // lanes past the last key
+      for (int64_t block = std::max<int64_t>(0, layout_.keys - lane * layout_.blocks); block < layout_.blocks; ++block)
+        score[block * layout_.lanes + lane] = no_score;
+    int64_t left = layout_.keys;
+    const auto drop = [&](int64_t slot) {
+      score[layout_.position(slot)] = no_score;
+      --left;
+    };
+    const Exclusion& exclude = *call_.exclude;
+    if (exclude.mask != nullptr) {
+      const bool* mask = exclude.mask + row * layout_.keys;
+      for (int64_t slot = 0; slot < layout_.keys; ++slot)
+        if (mask[slot]) drop(slot);
+    } else if (exclude.query_video != nullptr) {
+      call_.bank->videos().each(exclude.query_video[row], drop);
+    }
+    return left;
+  }
+
+  // A guess from 16 strided vectors brackets the m-th largest; one pass keeps the scores between; counts do the rest.
+  Threshold threshold(const int16_t* score, int64_t n, int64_t valid, int64_t m, int slack) {
+    constexpr int64_t sampled = 16;
+    const int64_t vectors = n / lanes16;
+    if (vectors > 6 * sampled) {
+      alignas(64) int16_t sample[sampled * lanes16];
+      for (int64_t j = 0; j < sampled; ++j)
+        std::copy_n(score + j * (vectors - 1) / sampled * lanes16, lanes16, sample + j * lanes16);
+      const auto size = static_cast<double>(sampled * lanes16);
+      const double rank = static_cast<double>(m) * size / static_cast<double>(n);
+      const double spread = 2.7 * std::sqrt(std::max(0.0, rank * (1 - rank / size))) + 2;
+      int16_t low = 0, high = 0;
+      kernels_.range16(sample, sampled * lanes16, &low, &high);
+      const int64_t there = kernels_.count16(sample, sampled * lanes16, no_score + 1);
+      const auto under = static_cast<int64_t>(std::ceil(rank + spread));
+      const auto over = static_cast<int64_t>(std::floor(rank - spread));
+      const auto at = [&](int64_t wanted) {
+        return narrow(kernels_, sample, sampled * lanes16, wanted, low, there, high + 1, 0, 8);
+      };
+      const int least = under < there ? at(under).low : no_score + 1;
+      const int most = over >= 1 && over < there ? at(over).high : 32767;
+      if (least <= most) {
+        const Split found = kernels_.collect16(score, n, static_cast<int16_t>(least), static_cast<int16_t>(most),
+                                               scratch_.middle.data());
+        const int64_t wanted = m - found.kept, padded = pad(scratch_.middle.data(), found.open);
+        if (wanted >= 1 && wanted <= found.open)
+          return narrow(kernels_, scratch_.middle.data(), padded, wanted, least, found.open, most + 1, 0, slack);
+      }
+    }
+    int16_t low = 0, high = 0;
+    kernels_.range16(score, n, &low, &high);
+    return narrow(kernels_, score, n, m, low, valid, high + 1, 0, slack);
+  }
+
+  // Fills up the last vector with `no_score`; returns the padded length.
+  static int64_t pad(int16_t* score, int64_t n) {
+    const int64_t padded = (n + lanes16 - 1) / lanes16 * lanes16;
+    std::fill(score + n, score + padded, no_score);
+    return padded;
+  }
+
+  // One query's stages. Candidates are columns: first all positions, then lists, compacted in place.
+  void cascade(int64_t row, int64_t query) {
+    for (size_t view = 0; view < call_.queries.size(); ++view)
+      if (call_.queries[view].data != nullptr)
+        exact_.view(static_cast<int64_t>(view)).bind(*call_.bank, static_cast<int32_t>(view), call_.queries[view], row);
+    exact_.start(*call_.exclude, row);
+    for (size_t view = 0; view < views_.size(); ++view) column_[view] = scratch_.rows[view].data() + query * padded_;
+    int64_t alive = mark(row, column_[stage_view_[0]]);
+    bool listed = false;
+    size_t number = 0;
+    for (; number < stage_view_.size() && alive > (listed ? few : 0); ++number) {
+      const Stage& stage = call_.stages[number];
+      const bool last = number + 1 == call_.stages.size();
+      const int64_t keep = std::min(stage.keep, alive);
+      if (listed && keep == alive && !last) continue;
+      const double error = scratch_.errors[stage_view_[number]][query];
+      if (!(error < hopeless)) break;
+      alive = narrow_down(stage, number, last, listed, alive, keep, static_cast<int>(std::floor(1 + 2 * error)) + 1);
+      listed = true;
+      if (last) break;
+    }
+    if (!listed) return exact_.run(exact_.eligible(), 0, *call_.answer);
+    scratch_.alive.resize(alive);
+    for (int64_t i = 0; i < alive; ++i) scratch_.alive[i] = layout_.slot(scratch_.position[i]);
+    exact_.run(scratch_.alive, number, *call_.answer);
+  }
+
+  // One stage: what is surely in stays, the band is ranked exactly. Of the last stage all that may be in stays, as the
+  // exact path puts it in order anyway. Returns how many candidates are left.
+  int64_t narrow_down(const Stage& stage, size_t number, bool last, bool listed, int64_t alive, int64_t keep,
+                      int width) {
+    Columns from{.position = listed ? scratch_.position.data() : nullptr, .score = {}};
+    Columns open{.position = scratch_.open_position.data(), .score = {}};
+    const int rows = columns(number, from, open);
+    const int64_t n = listed ? pad(from.score[0], alive) : layout_.positions();
+    int low = no_score + 1, high = low;
+    if (keep < alive) {
+      const Threshold theta = threshold(from.score[0], n, alive, keep, width / 8);
+      low = std::max(theta.low - width + 1, low);
+      high = last ? low : theta.high + width;
+    }
+    Columns kept = from;
+    kept.position = scratch_.position.data();
+    const Split found = kernels_.split16(from, 0, n, rows, low, std::min(high, 32768), kept, open);
+    return last ? found.kept : settle(stage, keep, found, rows, kept, open);
+  }
+
+  // The score rows that stage `number` and those after it need, its own first, where they are and where the band's go.
+  int columns(size_t number, Columns& from, Columns& open) {
+    int rows = 0;
+    for (size_t later = number; later < stage_view_.size(); ++later) {
+      int16_t* const row = column_[stage_view_[later]];
+      if (std::find(from.score, from.score + rows, row) != from.score + rows) continue;
+      open.score[rows] = scratch_.open_score[rows].data();
+      from.score[rows++] = row;
+    }
+    return rows;
+  }
+
+  // Ranks the open candidates exactly and keeps as many as the stage still has room for.
+  int64_t settle(const Stage& stage, int64_t keep, const Split& found, int rows, const Columns& kept,
+                 const Columns& open) {
+    const int64_t wanted = std::min(keep - found.kept, found.open);
+    band_.resize(found.open);
+    scratch_.band.resize(found.open);
+    scratch_.band_score.resize(found.open);
+    for (int64_t i = 0; i < found.open; ++i) scratch_.band[i] = layout_.slot(open.position[i]);
+    if (wanted < found.open && wanted > 0) {
+      exact_.scores(stage, scratch_.band, scratch_.band_score.data());
+      for (int64_t i = 0; i < found.open; ++i) band_[i] = {{scratch_.band_score[i], scratch_.band[i]}, i};
+      std::nth_element(band_.begin(), band_.begin() + wanted, band_.end(),
+                       [](const Open& a, const Open& b) { return before(a.ranked, b.ranked); });
+    } else {
+      for (int64_t i = 0; i < found.open; ++i) band_[i].from = i;
+    }
+    for (int64_t i = 0; i < wanted; ++i) {
+      kept.position[found.kept + i] = open.position[band_[i].from];
+      for (int row = 0; row < rows; ++row) kept.score[row][found.kept + i] = open.score[row][band_[i].from];
+    }
+    return found.kept + wanted;
+  }
+
+  struct Open {
+    Ranked ranked;
+    int64_t from;
+  };
+
+  const MineCall& call_;
+  const Kernels& kernels_;
+  Layout layout_;
+  int64_t padded_;
+  ExactCascade exact_;
+  std::vector<const Packed16*> views_;
+  std::vector<int> stage_view_;
+  std::vector<int> groups_;
+  int64_t at_once_ = queries16;
+  std::vector<int16_t*> column_;  // per distinct packed view, the current query's scores
+  std::vector<Open> band_;
+  Scratch scratch_;
+};
+
+}  // namespace
+
+void dense_queries(const MineCall& call, std::span<const Packed16* const> packed, int64_t begin, int64_t end) {
+  Dense(call, packed).run(begin, end);
+}
+
+}  // namespace cascade::cpu

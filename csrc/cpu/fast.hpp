@@ -1,0 +1,36 @@
+// The certified fast paths. Each settles the first stages of a cascade for a run of queries and hands over to the exact
+// path what is left. Both answer exactly as the exact path does; they differ in what they are fast at.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "cpu/backend.hpp"
+#include "cpu/exact.hpp"
+
+namespace cascade::cpu {
+
+struct MineCall {
+  Bank* bank;
+  std::span<const Stage> stages;
+  std::span<const Matrix> queries;  // per view of the bank
+  const Exclusion* exclude;
+  const Answer* answer;
+};
+
+// Whether a stage's score is one inner product of packed views.
+inline bool is_packable(const Stage& stage) { return stage.fusion == Fusion::none || stage.fusion == Fusion::sum; }
+
+// 8-bit scores of all keys against a running threshold: for a first stage that keeps few of many.
+// [begin, end) are the queries; rows that the bound cannot help are returned, unanswered.
+std::vector<int64_t> stream_queries(const MineCall& call, const Packed8& packed, int64_t begin, int64_t end);
+
+// 16-bit scores of all keys side by side: for stages that keep a large share. `packed` has one entry for each of the
+// first stages that are packable and rank candidates; several may be the same.
+void dense_queries(const MineCall& call, std::span<const Packed16* const> packed, int64_t begin, int64_t end);
+
+// The exact path for the given rows.
+void exact_queries(const MineCall& call, std::span<const int64_t> rows);
+
+}  // namespace cascade::cpu

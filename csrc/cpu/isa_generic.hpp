@@ -1,0 +1,119 @@
+// Kernels in plain C++, written so that compilers vectorise what can be. Included by the instruction sets' files, each
+// of which compiles its own copy with its own flags and replaces what intrinsics do better. Hence the unnamed
+// namespace.
+#pragma once
+
+#include "cpu/isa.hpp"
+#include "cpu/widen.hpp"
+
+namespace cascade::cpu {
+namespace {
+namespace generic {
+
+constexpr int lanes = 8;
+
+template <class T>
+double dot(const double* query, const T* key, int64_t dim) {
+  double sum[lanes] = {};
+  int64_t d = 0;
+  for (; d + lanes <= dim; d += lanes)
+    for (int lane = 0; lane < lanes; ++lane) sum[lane] += query[d + lane] * static_cast<double>(widen(key[d + lane]));
+  for (int lane = 0; d + lane < dim; ++lane) sum[lane] += query[d + lane] * static_cast<double>(widen(key[d + lane]));
+  return ((sum[0] + sum[4]) + (sum[2] + sum[6])) + ((sum[1] + sum[5]) + (sum[3] + sum[7]));
+}
+
+template <class T>
+void dots_of(const double* query, const Matrix& keys, const int64_t* rows, int64_t first, int64_t count, double* out) {
+  const auto* data = static_cast<const T*>(keys.data);
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t row = rows != nullptr ? rows[i] : first + i;
+    out[i] = dot(query, data + row * keys.stride, keys.columns);
+  }
+}
+
+[[maybe_unused]] void dots(const double* query, const Matrix& keys, const int64_t* rows, int64_t first, int64_t count,
+                           double* out) {
+  if (keys.dtype == DType::float32) dots_of<float>(query, keys, rows, first, count, out);
+  if (keys.dtype == DType::float16) dots_of<Float16>(query, keys, rows, first, count, out);
+  if (keys.dtype == DType::bfloat16) dots_of<BFloat16>(query, keys, rows, first, count, out);
+}
+
+inline int32_t low_half(int32_t word) { return static_cast<int16_t>(word & 0xffff); }
+inline int32_t high_half(int32_t word) { return word >> 16; }
+
+[[maybe_unused]] void tile16(const int32_t* queries, int count, const int32_t* keys, int64_t steps, int16_t* out,
+                             int64_t stride) {
+  for (int q = 0; q < count; ++q) {
+    int32_t sum[lanes16] = {};
+    for (int64_t step = 0; step < steps; ++step) {
+      const int32_t a = low_half(queries[step * count + q]), b = high_half(queries[step * count + q]);
+      for (int lane = 0; lane < lanes16; ++lane) {
+        const int32_t key = keys[step * lanes16 + lane];
+        sum[lane] += a * low_half(key) + b * high_half(key);
+      }
+    }
+    for (int lane = 0; lane < lanes16; ++lane) out[q * stride + lane] = static_cast<int16_t>(sum[lane] >> 16);
+  }
+}
+
+[[maybe_unused]] int64_t count16(const int16_t* score, int64_t n, int16_t least) {
+  int64_t total = 0;
+  while (n > 0) {  // runs that a 16-bit counter in each lane survives
+    const int64_t run = n < 65536 ? n : 65536;
+    uint16_t counts[lanes16] = {};
+    for (int64_t i = 0; i < run; i += lanes16)
+      for (int lane = 0; lane < lanes16; ++lane) counts[lane] += score[i + lane] >= least;
+    for (const uint16_t count : counts) total += count;
+    score += run;
+    n -= run;
+  }
+  return total;
+}
+
+[[maybe_unused]] void range16(const int16_t* score, int64_t n, int16_t* low, int16_t* high) {
+  int16_t smallest = 32767, largest = no_score;
+  for (int64_t i = 0; i < n; ++i) {
+    const int16_t counted = score[i] == no_score ? int16_t{32767} : score[i];
+    smallest = counted < smallest ? counted : smallest;
+    largest = score[i] > largest ? score[i] : largest;
+  }
+  *low = smallest;
+  *high = largest;
+}
+
+[[maybe_unused]] Split collect16(const int16_t* score, int64_t n, int16_t low, int16_t high, int16_t* out) {
+  int64_t above = 0, copied = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    above += score[i] > high;
+    out[copied] = score[i];
+    copied += static_cast<int64_t>(score[i] >= low) & static_cast<int64_t>(score[i] <= high);
+  }
+  return {above, copied};
+}
+
+[[maybe_unused]] Split split16(const Columns& from, uint32_t first, int64_t n, int rows, int low, int high,
+                               const Columns& kept, const Columns& open) {
+  Split found{0, 0};
+  for (int64_t i = 0; i < n; ++i) {
+    const int16_t value = from.score[0][i];
+    if (value < low) continue;
+    const uint32_t position = from.position != nullptr ? from.position[i] : first + static_cast<uint32_t>(i);
+    const bool sure = value >= high;
+    const Columns& to = sure ? kept : open;
+    int64_t& at = sure ? found.kept : found.open;
+    to.position[at] = position;
+    for (int row = 0; row < rows; ++row) to.score[row][at] = from.score[row][i];
+    ++at;
+  }
+  return found;
+}
+
+[[maybe_unused]] int64_t count_float(const float* value, int64_t n, float least) {
+  int64_t total = 0;
+  for (int64_t i = 0; i < n; ++i) total += value[i] >= least;
+  return total;
+}
+
+}  // namespace generic
+}  // namespace
+}  // namespace cascade::cpu

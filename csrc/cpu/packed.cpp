@@ -1,0 +1,238 @@
+#include "cpu/packed.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+namespace cascade::cpu {
+namespace {
+
+// 16-bit rows are scaled to at most this length: two of them multiply to less than 2^31 - 2^16.
+constexpr double longest16 = 46290;
+constexpr double largest16 = 32766;
+constexpr double headroom = 1.02;      // for rows that a queue writes later
+constexpr double round_up = 1 + 1e-9;  // over the rounding of norms themselves
+constexpr double no_smaller = 1e-30;   // scales relative to the longest key: floats never turn denormal
+// float operations in the 8-bit tile: conversion of the integer, two products' roundings, each 2^-24 of at most
+// |p^| |y^| + |p^| |e_y| <= 4 |p| |y|; twice that for the comparison values.
+constexpr double float_rounding = 4e-6;
+
+double length(const double* x, int64_t n) {
+  double sum[4] = {};
+  for (int64_t d = 0; d < n; ++d) sum[d % 4] += x[d] * x[d];
+  return std::sqrt((sum[0] + sum[1]) + (sum[2] + sum[3])) * round_up;
+}
+
+double largest(const double* x, int64_t n) {
+  double most = 0;
+  for (int64_t d = 0; d < n; ++d) most = std::max(most, std::abs(x[d]));
+  return most;
+}
+
+// To nearest even, for |value| < 2^51, in a form that compilers vectorise.
+inline double rounded(double value) { return (value + 0x1.8p52) - 0x1.8p52; }
+
+// Quantises to value * scale, at most `most` in size; returns the norm of what is lost, in the values' units.
+template <class T>
+double quantise(const double* x, int64_t n, double scale, double most, T* out) {
+  double lost[4] = {};
+  const double back = 1 / scale;
+  for (int64_t d = 0; d < n; ++d) {
+    const double integer = std::min(most, std::max(-most, rounded(x[d] * scale)));
+    const double error = x[d] - integer * back;
+    out[d] = static_cast<T>(static_cast<int32_t>(integer));
+    lost[d % 4] += error * error;
+  }
+  return std::sqrt((lost[0] + lost[1]) + (lost[2] + lost[3])) * round_up;
+}
+
+float up(double value) { return std::nextafter(static_cast<float>(value), std::numeric_limits<float>::infinity()); }
+
+double scale16(double norm, double most, int64_t dims) {
+  if (!(norm > 0)) return 1;
+  return std::min((longest16 - 0.5 * std::sqrt(static_cast<double>(dims)) - 1) / norm, largest16 / most);
+}
+
+// Runs `use(row, y)` for all rows over the threads of `control`.
+template <class Use>
+void for_rows(int64_t rows, int64_t dims, const Control& control, const Use& use) {
+  run_parts(control.threads, control, [&](int part, int parts) {
+    std::vector<double> y(dims);
+    for (int64_t row = rows * part / parts; row < rows * (part + 1) / parts; ++row) {
+      if (row % 1024 == 0 && should_stop()) return;
+      use(part, row, y.data());
+    }
+  });
+}
+
+}  // namespace
+
+Packed16::Packed16(std::span<const Matrix> bank, Metric metric, std::vector<int32_t> views, const Control& control)
+    : embedding_(bank, metric, std::move(views)),
+      layout_(bank.front().rows, lanes16),
+      steps_((embedding_.dims() + 1) / 2),
+      stored_(embedding_.views().size(), 0.0) {
+  struct Extent {
+    double norm = 0, most = 0;
+    std::vector<double> stored;
+  };
+  std::vector<Extent> extents(std::max(1, control.threads));
+  for (Extent& extent : extents) extent.stored = stored_;
+  for_rows(layout_.keys, embedding_.dims(), control, [&](int part, int64_t row, double* y) {
+    embedding_.key(row, y);
+    embedding_.raise_longest(row, extents[part].stored);
+    extents[part].norm = std::max(extents[part].norm, length(y, embedding_.dims()));
+    extents[part].most = std::max(extents[part].most, largest(y, embedding_.dims()));
+  });
+  double most = 0;
+  for (const Extent& extent : extents) {
+    longest_ = std::max(longest_, extent.norm * headroom);
+    most = std::max(most, extent.most * headroom);
+    for (size_t view = 0; view < stored_.size(); ++view) stored_[view] = std::max(stored_[view], extent.stored[view]);
+  }
+  scale_ = scale16(longest_, most, embedding_.dims());
+  words_.reserve(layout_.blocks * steps_ * lanes16);
+  std::memset(words_.data(), 0, sizeof(int32_t) * layout_.blocks * steps_ * lanes16);
+  std::vector<double> residuals(extents.size(), 0.0);
+  for_rows(layout_.keys, embedding_.dims(), control, [&](int part, int64_t row, double* y) {
+    thread_local std::vector<int16_t> integers;
+    integers.assign(2 * steps_, 0);
+    embedding_.key(row, y);
+    residuals[part] = std::max(residuals[part], quantise(y, embedding_.dims(), scale_, largest16, integers.data()));
+    const int64_t position = layout_.position(row);
+    int32_t* out = words_.data() + position / lanes16 * steps_ * lanes16 + position % lanes16;
+    for (int64_t step = 0; step < steps_; ++step) std::memcpy(out + step * lanes16, &integers[2 * step], 4);
+  });
+  residual_ = *std::max_element(residuals.begin(), residuals.end());
+}
+
+bool Packed16::update(int64_t first, int64_t count) {
+  std::vector<double> y(embedding_.dims());
+  std::vector<int16_t> integers(2 * steps_, 0);
+  for (int64_t row = first; row < first + count; ++row) {
+    embedding_.key(row, y.data());
+    if (length(y.data(), embedding_.dims()) > longest_ || largest(y.data(), embedding_.dims()) * scale_ > largest16)
+      return false;
+    embedding_.raise_longest(row, stored_);
+    residual_ = std::max(residual_, quantise(y.data(), embedding_.dims(), scale_, largest16, integers.data()));
+    const int64_t position = layout_.position(row);
+    int32_t* out = words_.data() + position / lanes16 * steps_ * lanes16 + position % lanes16;
+    for (int64_t step = 0; step < steps_; ++step) std::memcpy(out + step * lanes16, &integers[2 * step], 4);
+  }
+  return true;
+}
+
+double Packed16::pack_query(std::span<const Matrix> queries, int64_t row, std::span<const double> weights,
+                            int32_t* words, int64_t stride) const {
+  thread_local std::vector<double> p;
+  thread_local std::vector<int16_t> integers;
+  const int64_t dims = embedding_.dims();
+  p.assign(dims, 0.0);
+  integers.assign(2 * steps_, 0);
+  embedding_.query(queries, row, weights, p.data());
+  const double norm = length(p.data(), dims), scale = scale16(norm, largest(p.data(), dims), dims);
+  const bool fits = std::isfinite(scale) && std::isfinite(1 / scale) && std::isfinite(1 / scale_) && scale_ > 0;
+  const double lost = fits ? quantise(p.data(), dims, scale, largest16, integers.data()) : 0;
+  for (int64_t step = 0; step < steps_; ++step) std::memcpy(words + step * stride, &integers[2 * step], 4);
+  const double bound = lost * longest_ + (norm + lost) * residual_ + embedding_.slack(queries, row, weights, stored_);
+  const double error = bound * scale * scale_ / 65536 * round_up;
+  return fits && std::isfinite(error) ? error : std::numeric_limits<double>::infinity();
+}
+
+Packed8::Packed8(std::span<const Matrix> bank, Metric metric, std::vector<int32_t> views, const Control& control)
+    : embedding_(bank, metric, std::move(views)),
+      layout_(bank.front().rows, lanes8),
+      steps_((embedding_.dims() + 3) / 4),
+      stored_(embedding_.views().size(), 0.0) {
+  choose_rotation();
+  struct Extent {
+    double norm = 0;
+    std::vector<double> stored;
+  };
+  std::vector<Extent> extents(std::max(1, control.threads));
+  for (Extent& extent : extents) extent.stored = stored_;
+  for_rows(layout_.keys, embedding_.dims(), control, [&](int part, int64_t row, double* y) {
+    embedding_.key(row, y);
+    embedding_.raise_longest(row, extents[part].stored);
+    extents[part].norm = std::max(extents[part].norm, length(y, embedding_.dims()));
+  });
+  double norm = 0;
+  for (const Extent& extent : extents) {
+    norm = std::max(norm, extent.norm);
+    for (size_t view = 0; view < stored_.size(); ++view) stored_[view] = std::max(stored_[view], extent.stored[view]);
+  }
+  unit_ = norm > 0 ? norm : 1;
+  longest_ = 1 * round_up;
+  bytes_.reserve(layout_.positions() * steps_ * 4);
+  std::memset(bytes_.data(), 128, layout_.positions() * steps_ * 4);
+  scale_.reserve(layout_.positions());
+  residual_.reserve(layout_.positions());
+  std::fill_n(scale_.data(), layout_.positions(), std::numeric_limits<float>::quiet_NaN());
+  std::fill_n(residual_.data(), layout_.positions(), 0.0f);
+  for_rows(layout_.keys, embedding_.dims(), control, [&](int, int64_t row, double* y) { pack(row, y); });
+}
+
+// Rotating costs time when packing and when querying, so only where it makes the largest coordinates clearly smaller.
+void Packed8::choose_rotation() {
+  Embedding turned = embedding_;
+  turned.rotate();
+  std::vector<double> y(embedding_.dims());
+  double plain = 0, rotated = 0;
+  const int64_t step = std::max<int64_t>(1, layout_.keys / 256);
+  for (int64_t row = 0; row < layout_.keys; row += step) {
+    embedding_.key(row, y.data());
+    const double norm = length(y.data(), embedding_.dims());
+    if (!(norm > 0)) continue;
+    plain += largest(y.data(), embedding_.dims()) / norm;
+    turned.key(row, y.data());
+    rotated += largest(y.data(), embedding_.dims()) / norm;
+  }
+  constexpr double worth_it = 0.75;
+  if (rotated < worth_it * plain) embedding_.rotate();
+}
+
+void Packed8::pack(int64_t row, double* y) {
+  thread_local std::vector<int8_t> integers;
+  const int64_t dims = embedding_.dims(), position = layout_.position(row);
+  integers.assign(4 * steps_, 0);
+  embedding_.key(row, y);
+  for (int64_t d = 0; d < dims; ++d) y[d] /= unit_;
+  const auto scale = static_cast<float>(std::max(no_smaller, largest(y, dims) / 127));
+  const double lost = quantise(y, dims, 1 / static_cast<double>(scale), 127, integers.data());
+  scale_[position] = scale;
+  residual_[position] = up(lost + 1e-15);
+  uint8_t* out = bytes_.data() + position / lanes8 * steps_ * lanes8 * 4 + position % lanes8 * 4;
+  for (int64_t step = 0; step < steps_; ++step)
+    for (int64_t i = 0; i < 4; ++i) out[step * lanes8 * 4 + i] = static_cast<uint8_t>(integers[4 * step + i] + 128);
+}
+
+void Packed8::update(int64_t first, int64_t count) {
+  std::vector<double> y(embedding_.dims());
+  for (int64_t row = first; row < first + count; ++row) {
+    pack(row, y.data());
+    longest_ = std::max(longest_, length(y.data(), embedding_.dims()));  // pack left y / unit
+    embedding_.raise_longest(row, stored_);
+  }
+}
+
+Packed8::Query Packed8::pack_query(std::span<const Matrix> queries, int64_t row, std::span<const double> weights,
+                                   int8_t* bytes) const {
+  thread_local std::vector<double> p;
+  const int64_t dims = embedding_.dims();
+  p.assign(dims, 0.0);
+  std::fill_n(bytes, 4 * steps_, int8_t{0});
+  embedding_.query(queries, row, weights, p.data());
+  const double given = length(p.data(), dims);
+  const double slack = embedding_.slack(queries, row, weights, stored_);
+  if (!(given > 0)) return {0, 0, 0};  // every score is the same: all bounds are 0, nothing is ruled out
+  for (double& value : p) value /= given;
+  const double scale = largest(p.data(), dims) / 127;
+  const double lost = quantise(p.data(), dims, 1 / scale, 127, bytes);
+  int32_t sum = 0;
+  for (int64_t d = 0; d < dims; ++d) sum += bytes[d];
+  const double rest = lost * longest_ + float_rounding * longest_ + slack / (given * unit_);
+  return {-128 * sum, up((1 + lost) * round_up / scale), up(rest * round_up / scale)};
+}
+
+}  // namespace cascade::cpu

@@ -1,0 +1,103 @@
+// Keys in fixed point, packed once and searched many times.
+//
+// The bound. Write p = p^ + e_p and y = y^ + e_y, where p^ and y^ are what the integers stand for. Then
+//   <p, y> - <p^, y^> = <e_p, y> + <p^, e_y>,   so   |<p, y> - <p^, y^>| <= |e_p| |y| + |p^| |e_y|.
+// <p^, y^> is an exact integer times the two scales. The norms on the right are not estimated: they are measured in
+// float64 when a row is packed, and rounded up.
+//
+// Keys are interleaved: slot = block + lane * blocks, so that every block is a strided sample of the bank even where
+// neighbours are clips of one video, and thresholds guessed from a few blocks are fair.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "cpu/buffer.hpp"
+#include "cpu/embedding.hpp"
+#include "cpu/isa.hpp"
+#include "cpu/pool.hpp"
+
+namespace cascade::cpu {
+
+// Slots and positions (block * lanes + lane) of an interleaved bank.
+struct Layout {
+  int64_t keys;
+  int64_t blocks;
+  int64_t lanes;
+
+  Layout(int64_t keys_, int64_t lanes_) : keys(keys_), blocks((keys_ + lanes_ - 1) / lanes_), lanes(lanes_) {}
+  int64_t positions() const { return blocks * lanes; }
+  int64_t slot(int64_t position) const { return position / lanes + position % lanes * blocks; }
+  int64_t position(int64_t slot) const { return slot % blocks * lanes + slot / blocks; }
+};
+
+// Two 16-bit values a word, one scale for the whole bank: integer scores of a query compare directly.
+class Packed16 {
+ public:
+  Packed16(std::span<const Matrix> bank, Metric metric, std::vector<int32_t> views, const Control& control);
+
+  // Repacks rows in place. False where a row is too long for the bank's scale: the whole bank must be packed anew.
+  bool update(int64_t first, int64_t count);
+
+  const Embedding& embedding() const { return embedding_; }
+  const Layout& layout() const { return layout_; }
+  int64_t steps() const { return steps_; }
+  const int32_t* block(int64_t number) const { return words_.data() + number * steps_ * lanes16; }
+
+  // Writes a query's words, `stride` apart, and returns in how many units of the tiles' scores its scores may be wrong:
+  // |gain-free score * unit - s| <= error for any s in [score, score + 1]. Infinite where the query fits no scale.
+  double pack_query(std::span<const Matrix> queries, int64_t row, std::span<const double> weights, int32_t* words,
+                    int64_t stride) const;
+
+ private:
+  bool pack(int64_t row, double* y);
+
+  Embedding embedding_;
+  Layout layout_;
+  int64_t steps_;
+  double scale_ = 1;            // integer = value * scale
+  double longest_ = 0;          // the largest |y| that the scale admits
+  double residual_ = 0;         // the largest |e_y|
+  std::vector<double> stored_;  // per view, the longest row as stored
+  Buffer<int32_t> words_;       // [blocks, steps, 32]
+};
+
+// Four 8-bit values a word, a scale and a residual norm for each key.
+class Packed8 {
+ public:
+  Packed8(std::span<const Matrix> bank, Metric metric, std::vector<int32_t> views, const Control& control);
+
+  void update(int64_t first, int64_t count);
+
+  const Embedding& embedding() const { return embedding_; }
+  const Layout& layout() const { return layout_; }
+  int64_t steps() const { return steps_; }
+  const uint8_t* block(int64_t number) const { return bytes_.data() + number * steps_ * lanes8 * 4; }
+  const float* scale(int64_t number) const { return scale_.data() + number * lanes8; }
+  const float* residual(int64_t number) const { return residual_.data() + number * lanes8; }
+
+  struct Query {
+    int32_t start;  // -128 times the sum of its bytes
+    float beta;     // |p^| in the tile's units: how much of a key's residual an upper bound adds
+    float margin;   // the rest of the bound, the same for all keys
+  };
+  // In the tile's units the score lies in [u - 2 beta residual - margin, u + margin] for the tile's result u.
+  Query pack_query(std::span<const Matrix> queries, int64_t row, std::span<const double> weights, int8_t* bytes) const;
+
+ private:
+  void pack(int64_t row, double* y);
+  void choose_rotation();
+
+  Embedding embedding_;
+  Layout layout_;
+  int64_t steps_;
+  double unit_ = 1;     // keys are divided by this, so that floats serve whatever the features' size
+  double longest_ = 0;  // the largest |y| / unit
+  std::vector<double> stored_;
+  Buffer<uint8_t> bytes_;   // [blocks, steps, 64, 4], 128 added
+  Buffer<float> scale_;     // [blocks, 64], NaN in empty lanes
+  Buffer<float> residual_;  // [blocks, 64]
+};
+
+}  // namespace cascade::cpu

@@ -1,0 +1,286 @@
+// A first stage that keeps few of many, on 8-bit scores against a running threshold.
+//
+// A tile gives upper bounds u; in its units a score lies in [u - 2 beta r - margin, u + margin] (packed.hpp). Write
+// l = u - 2 beta r and let theta be at most the k-th largest l of the candidates: k of them score at least
+// theta - margin, so a key with u + margin < theta - margin is surely out. Keys that pass are collected; when a
+// query's list is full, theta is raised and the list swept. What is left in the end is ranked by the contract.
+//
+// theta starts from a guess: the first blocks, a strided sample of the bank, are scored whole, and theta is their l of
+// a rank that is low enough to be right almost always. Whether it was is checked in the end (k collected keys must have
+// l >= theta), and the rare query for which it was not is searched again without the guess.
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "cpu/fast.hpp"
+
+namespace cascade::cpu {
+namespace {
+
+constexpr int64_t sample_keys = 4096;  // a 16th of 65,536 keys: a good threshold for 6 % of the work, which counts
+constexpr int64_t blocks_per_poll = 64;
+constexpr float lowest = -std::numeric_limits<float>::max();
+constexpr float never = std::numeric_limits<float>::infinity();
+
+struct Candidates {
+  std::vector<float> upper, lower;
+  std::vector<int32_t> slot;
+  int64_t size = 0;
+
+  void reserve(int64_t room) {
+    upper.resize(room);
+    lower.resize(room);
+    slot.resize(room);
+  }
+  int64_t room() const { return static_cast<int64_t>(upper.size()); }
+};
+
+class Stream {
+ public:
+  Stream(const MineCall& call, const Packed8& packed)
+      : call_(call),
+        packed_(packed),
+        kernels_(call.bank->kernels()),
+        layout_(packed.layout()),
+        keep_(std::min<int64_t>(call.stages[0].keep, layout_.keys)),
+        most_(std::max<int64_t>(8 * keep_ + sample_keys, layout_.keys / 8)),
+        exact_(call.stages, static_cast<int64_t>(call.bank->views().size()), call.bank->size()) {}
+
+  std::vector<int64_t> run(int64_t begin, int64_t end) {
+    std::vector<int64_t> rows(end - begin), hopeless;
+    for (int64_t i = 0; i < end - begin; ++i) rows[i] = begin + i;
+    rows = search(rows, sample_keys, hopeless);
+    if (!rows.empty()) search(rows, 0, hopeless);
+    return hopeless;
+  }
+
+ private:
+  // Searches and answers the rows; returns those whose guessed threshold was too high. Without a sample none is.
+  std::vector<int64_t> search(std::span<const int64_t> rows, int64_t sample, std::vector<int64_t>& hopeless) {
+    rows_ = rows;
+    pack();
+    const int64_t sampled = std::min(layout_.blocks, sample / lanes8);
+    if (sampled > 0) guess(sampled);
+    if (!scan(sampled)) return {};
+    std::vector<int64_t> again;
+    for (int64_t i = 0; i < static_cast<int64_t>(rows_.size()); ++i) {
+      if (least_[i] == never) {
+        hopeless.push_back(rows_[i]);
+      } else if (sampled > 0 && !confirmed(i)) {
+        again.push_back(rows_[i]);
+      } else {
+        raise(i);
+        answer(i);
+      }
+    }
+    return again;
+  }
+
+  void pack() {
+    groups_ = (static_cast<int64_t>(rows_.size()) + queries8 - 1) / queries8;
+    const int64_t padded = groups_ * queries8, width = packed_.steps() * 4;
+    bytes_.assign(padded * width, 0);
+    start_.assign(padded, 0);
+    beta_.assign(padded, 0.0f);
+    margin_.assign(padded, 0.0f);
+    theta_.assign(padded, lowest);
+    least_.assign(padded, never);  // rows that only fill up a tile never collect anything
+    if (static_cast<int64_t>(found_.size()) < padded) found_.resize(padded);
+    for (size_t i = 0; i < rows_.size(); ++i) {
+      const auto query =
+          packed_.pack_query(call_.queries, rows_[i], {}, bytes_.data() + static_cast<int64_t>(i) * width);
+      start_[i] = query.start;
+      beta_[i] = query.beta;
+      margin_[i] = query.margin;
+      least_[i] = lowest;
+      found_[i].size = 0;
+      if (found_[i].room() == 0) found_[i].reserve(std::max<int64_t>(1024, 4 * keep_ + 512));
+    }
+  }
+
+  uint32_t tile(int64_t group, int64_t block, const float* least) {
+    const int64_t at = group * queries8;
+    return kernels_.tile8(bytes_.data() + at * packed_.steps() * 4, packed_.block(block), packed_.steps(), &start_[at],
+                          packed_.scale(block), packed_.residual(block), least, &beta_[at], upper_, lanes_);
+  }
+
+  // Scores the first blocks whole, sets thresholds from them, and collects what passes.
+  void guess(int64_t blocks) {
+    const int64_t keys = blocks * lanes8;
+    const double share = std::min(1.0, static_cast<double>(keys) / static_cast<double>(layout_.keys));
+    const double expected = static_cast<double>(keep_) * share;
+    const int64_t rank = blocks == layout_.blocks
+                             ? keep_
+                             : std::min(keep_, static_cast<int64_t>(expected + 3 * std::sqrt(expected) + 2));
+    const float all[queries8] = {lowest, lowest, lowest, lowest, lowest, lowest};
+    sample_upper_.reserve(queries8 * keys);
+    sample_lower_.reserve(keys);
+    for (int64_t group = 0; group < groups_ && !should_stop(); ++group) {
+      for (int64_t block = 0; block < blocks; ++block) {
+        tile(group, block, all);
+        for (int64_t q = 0; q < queries8; ++q)
+          std::copy_n(upper_ + q * lanes8, lanes8, &sample_upper_[q * keys + block * lanes8]);
+      }
+      const int64_t first = group * queries8;
+      for (int64_t i = first; i < std::min(first + queries8, static_cast<int64_t>(rows_.size())); ++i)
+        seed(i, &sample_upper_[(i - first) * keys], keys, rank);
+    }
+  }
+
+  void seed(int64_t i, const float* upper, int64_t keys, int64_t rank) {
+    const float* residual = packed_.residual(0);
+    float* lower = sample_lower_.data();
+    for (int64_t j = 0; j < keys; ++j) lower[j] = upper[j] - 2 * beta_[i] * residual[j];
+    const Exclusion& exclude = *call_.exclude;
+    const auto drop = [&](int64_t slot) {
+      const int64_t position = layout_.position(slot);
+      if (position < keys) lower[position] = -never;
+    };
+    if (exclude.query_video != nullptr) call_.bank->videos().each(exclude.query_video[rows_[i]], drop);
+    for (int64_t j = 0; j < keys; ++j) {
+      const int64_t slot = layout_.slot(j);
+      const bool out = slot >= layout_.keys || (exclude.mask != nullptr && is_excluded(i, slot));
+      lower[j] = out ? -never : lower[j];
+    }
+    theta_[i] = at_least(lower, keys, rank, lowest, 12);
+    least_[i] = bound(i);
+    for (int64_t block = 0; block < keys / lanes8; ++block) {
+      uint64_t reached = 0;
+      for (int64_t lane = 0; lane < lanes8; ++lane)
+        reached |=
+            static_cast<uint64_t>(lower[block * lanes8 + lane] > -never && upper[block * lanes8 + lane] >= least_[i])
+            << lane;
+      if (reached != 0) collect(i, block, reached, upper + block * lanes8);
+    }
+  }
+
+  // All other blocks, each once: its keys stay in the first-level cache while all queries pass over them.
+  bool scan(int64_t first) {
+    for (int64_t block = first; block < layout_.blocks; ++block) {
+      if (block % blocks_per_poll == 0 && should_stop()) return false;
+      for (int64_t group = 0; group < groups_; ++group) {
+        uint32_t any = tile(group, block, &least_[group * queries8]);
+        for (; any != 0; any &= any - 1) {
+          const int q = __builtin_ctz(any);
+          collect(group * queries8 + q, block, lanes_[q], upper_ + q * lanes8);
+        }
+      }
+    }
+    return true;
+  }
+
+  bool is_excluded(int64_t i, int64_t slot) const {
+    const Exclusion& exclude = *call_.exclude;
+    if (exclude.mask != nullptr) return exclude.mask[rows_[i] * layout_.keys + slot];
+    return exclude.query_video != nullptr && exclude.key_video[slot] == exclude.query_video[rows_[i]];
+  }
+
+  void collect(int64_t i, int64_t block, uint64_t reached, const float* upper) {
+    Candidates& found = found_[i];
+    const float* residual = packed_.residual(block);
+    for (; reached != 0; reached &= reached - 1) {
+      const int lane = __builtin_ctzll(reached);
+      const int64_t slot = block + lane * layout_.blocks;
+      if (is_excluded(i, slot)) continue;
+      found.upper[found.size] = upper[lane];
+      found.lower[found.size] = upper[lane] - 2 * beta_[i] * residual[lane];
+      found.slot[found.size++] = static_cast<int32_t>(slot);
+    }
+    if (found.size + lanes8 > found.room()) make_room(i);
+  }
+
+  void make_room(int64_t i) {
+    raise(i);
+    Candidates& found = found_[i];
+    if (found.size > most_) {
+      least_[i] = never;  // the bound separates too little: leave the query to the exact path
+    } else if (found.size > found.room() - found.room() / 4) {
+      found.reserve(2 * found.room());
+    }
+  }
+
+  // Sets theta from the list and drops what is surely out.
+  void raise(int64_t i) {
+    Candidates& found = found_[i];
+    const float theta = at_least(found.lower.data(), found.size, keep_, theta_[i], 20);
+    if (!(theta > theta_[i])) return;
+    theta_[i] = theta;
+    least_[i] = bound(i);
+    int64_t left = 0;
+    for (int64_t j = 0; j < found.size; ++j) {
+      found.upper[left] = found.upper[j];
+      found.lower[left] = found.lower[j];
+      found.slot[left] = found.slot[j];
+      left += found.upper[j] >= least_[i];
+    }
+    found.size = left;
+  }
+
+  // theta - 2 margin, rounded down.
+  float bound(int64_t i) const {
+    if (!(theta_[i] > lowest)) return lowest;
+    return std::max(lowest, std::nextafter(theta_[i] - 2 * margin_[i], -never));
+  }
+
+  bool confirmed(int64_t i) const {
+    return kernels_.count_float(found_[i].lower.data(), found_[i].size, theta_[i]) >= keep_ || theta_[i] == lowest;
+  }
+
+  // A value with at least k of the list at or above it, close to the largest such; `lowest` where there are fewer.
+  float at_least(const float* value, int64_t n, int64_t k, float known, int rounds) const {
+    if (n < k) return lowest;
+    float low = never, high = -never;
+    for (int64_t j = 0; j < n; ++j) {
+      low = std::min(low, value[j]);
+      high = std::max(high, value[j]);
+    }
+    low = std::max(low, lowest);
+    if (known > low && known < high && kernels_.count_float(value, n, known) >= k) low = known;
+    if (kernels_.count_float(value, n, low) < k) return lowest;
+    for (int round = 0; round < rounds; ++round) {
+      const float middle = 0.5f * low + 0.5f * high;
+      if (!(middle > low && middle < high)) break;
+      const int64_t count = kernels_.count_float(value, n, middle);
+      (count >= k ? low : high) = middle;
+      if (count == k) break;
+    }
+    return low;
+  }
+
+  // The collected keys hold the stage's best: the contract finds and orders them.
+  void answer(int64_t i) {
+    const int64_t row = rows_[i];
+    for (size_t view = 0; view < call_.queries.size(); ++view)
+      if (call_.queries[view].data != nullptr)
+        exact_.view(static_cast<int64_t>(view)).bind(*call_.bank, static_cast<int32_t>(view), call_.queries[view], row);
+    exact_.start(*call_.exclude, row);
+    alive_.assign(found_[i].slot.begin(), found_[i].slot.begin() + found_[i].size);
+    exact_.run(alive_, 0, *call_.answer);
+  }
+
+  const MineCall& call_;
+  const Packed8& packed_;
+  const Kernels& kernels_;
+  Layout layout_;
+  int64_t keep_;
+  int64_t most_;  // candidates beyond which the bound is no help
+  ExactCascade exact_;
+  std::span<const int64_t> rows_;
+  int64_t groups_ = 0;
+  std::vector<int8_t> bytes_;
+  std::vector<int32_t> start_;
+  std::vector<float> beta_, margin_, theta_, least_;
+  std::vector<Candidates> found_;
+  std::vector<int64_t> alive_;
+  Buffer<float> sample_upper_, sample_lower_;
+  alignas(64) float upper_[queries8 * lanes8];
+  uint64_t lanes_[queries8];
+};
+
+}  // namespace
+
+std::vector<int64_t> stream_queries(const MineCall& call, const Packed8& packed, int64_t begin, int64_t end) {
+  return Stream(call, packed).run(begin, end);
+}
+
+}  // namespace cascade::cpu
