@@ -255,15 +255,18 @@ def _exclusion(exclude: object, rows: int, keys: int, bank: Bank | None) -> Excl
     if exclude is None:
         return Exclusion()
     given: Any = exclude if is_torch(exclude) and exclude.device.type != "cpu" else to_host(exclude, "exclude")
-    got = f"{tuple(given.shape)} {dtype_name(given)}"
-    if dtype_name(given) == "bool" and given.ndim == 2:
+
+    def got() -> str:
+        return f"{tuple(given.shape)} {dtype_name(given)}"
+
+    if given.ndim == 2 and dtype_name(given) == "bool":
         if tuple(given.shape) != (rows, keys):
-            raise InvalidInput(f"exclude: expected ({rows}, {keys}) bool, got {got}")
+            raise InvalidInput(f"exclude: expected ({rows}, {keys}) bool, got {got()}")
         return Exclusion(mask=given)
     if bank is None:
-        raise InvalidInput(f"exclude: expected ({rows}, {keys}) bool, got {got}")
+        raise InvalidInput(f"exclude: expected ({rows}, {keys}) bool, got {got()}")
     if bank.video_id is None:
         raise InvalidInput("exclude: expected a bank with video_id to exclude by video ids, got a bank without")
     if given.ndim != 1 or len(given) != rows:
-        raise InvalidInput(f"exclude: expected ({rows},) video ids or a ({rows}, {keys}) bool mask, got {got}")
+        raise InvalidInput(f"exclude: expected ({rows},) video ids or a ({rows}, {keys}) bool mask, got {got()}")
     return Exclusion(video_id=given if is_torch(given) else id_vector(given, "exclude", rows))

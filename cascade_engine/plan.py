@@ -75,8 +75,9 @@ class Keep:
     def resolve(self, bank_size: int, previous: int) -> int:
         """The count, rounded down exactly, for a bank of `bank_size` keys after a stage that kept `previous`."""
         if self.of == "count":
-            return int(self.amount)
-        return int(self.amount * (bank_size if self.of == "bank" else previous) // 100)
+            return self.amount.numerator
+        base = bank_size if self.of == "bank" else previous
+        return self.amount.numerator * base // (self.amount.denominator * 100)
 
     def __str__(self) -> str:
         """Plan text."""

@@ -92,12 +92,10 @@ def feature_matrix(value: object, name: str, *, columns: int | None = None) -> H
         InvalidInput: wrong rank, width or type; the message names the argument, what was expected and what came.
     """
     array = to_host(value, name)
-    want = f"({'N'}, {columns if columns is not None else 'D'}) float32, float16 or bfloat16"
-    got = f"{tuple(array.shape)} {array.dtype}"
-    if array.dtype not in FEATURE_DTYPES.values() or array.ndim != 2 or array.shape[1] < 1:
-        raise InvalidInput(f"{name}: expected {want}, got {got}")
-    if columns is not None and array.shape[1] != columns:
-        raise InvalidInput(f"{name}: expected {want}, got {got}")
+    fits = array.ndim == 2 and array.shape[1] >= 1 and array.dtype in FEATURE_DTYPES.values()
+    if not fits or (columns is not None and array.shape[1] != columns):
+        want = f"(N, {columns if columns is not None else 'D'}) float32, float16 or bfloat16"
+        raise InvalidInput(f"{name}: expected {want}, got {tuple(array.shape)} {array.dtype}")
     return array
 
 

@@ -66,6 +66,9 @@ struct Kernels {
   // How many of the values are at least `least`; any n.
   int64_t (*count_float)(const float* value, int64_t n, float least);
 
+  // The smallest and largest of the values above `over`; +infinity and -infinity where none is.
+  void (*range_float)(const float* value, int64_t n, float over, float* low, float* high);
+
   // Upper bounds u = scale * I + beta * residual, I the integer inner product, of 6 queries and 64 keys. Null where
   // this instruction set has no 8-bit product. Returns which queries have a lane with u >= least; only their rows are
   // written.

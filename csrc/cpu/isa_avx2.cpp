@@ -103,6 +103,7 @@ const Kernels& avx2_kernels() {
       .collect16 = generic::collect16,
       .split16 = generic::split16,
       .count_float = generic::count_float,
+      .range_float = generic::range_float,
       .tile8 = nullptr,
   };
   return table;

@@ -235,6 +235,20 @@ int64_t count_float(const float* value, int64_t n, float least) {
   return total + bits(_mm512_mask_cmp_ps_mask(rest, _mm512_maskz_loadu_ps(rest, value + i), bound, _CMP_GE_OQ));
 }
 
+void range_float(const float* value, int64_t n, float over, float* low, float* high) {
+  const __m512 bound = _mm512_set1_ps(over);
+  __m512 smallest = _mm512_set1_ps(__builtin_inff()), largest = _mm512_set1_ps(-__builtin_inff());
+  for (int64_t i = 0; i < n; i += 16) {
+    const auto there = static_cast<__mmask16>(n - i >= 16 ? 0xffff : (1u << (n - i)) - 1);
+    const __m512 x = _mm512_maskz_loadu_ps(there, value + i);
+    const __mmask16 counted = _mm512_mask_cmp_ps_mask(there, x, bound, _CMP_GT_OQ);
+    smallest = _mm512_mask_min_ps(smallest, counted, smallest, x);
+    largest = _mm512_mask_max_ps(largest, counted, largest, x);
+  }
+  *low = _mm512_reduce_min_ps(smallest);
+  *high = _mm512_reduce_max_ps(largest);
+}
+
 // ---- 8-bit tiles: 6 queries x 64 keys in 24 accumulators
 
 uint32_t tile8(const int8_t* queries, const uint8_t* keys, int64_t steps, const int32_t* start, const float* scale,
@@ -294,6 +308,7 @@ const Kernels& avx512_kernels() {
       .collect16 = collect16,
       .split16 = split16,
       .count_float = count_float,
+      .range_float = range_float,
       .tile8 = tile8,
   };
   return table;

@@ -114,6 +114,16 @@ inline int32_t high_half(int32_t word) { return word >> 16; }
   return total;
 }
 
+[[maybe_unused]] void range_float(const float* value, int64_t n, float over, float* low, float* high) {
+  *low = __builtin_inff();
+  *high = -__builtin_inff();
+  for (int64_t i = 0; i < n; ++i) {
+    if (!(value[i] > over)) continue;
+    *low = value[i] < *low ? value[i] : *low;
+    *high = value[i] > *high ? value[i] : *high;
+  }
+}
+
 }  // namespace generic
 }  // namespace
 }  // namespace cascade::cpu

@@ -13,6 +13,7 @@ const Kernels& portable_kernels() {
       .collect16 = generic::collect16,
       .split16 = generic::split16,
       .count_float = generic::count_float,
+      .range_float = generic::range_float,
       .tile8 = nullptr,
   };
   return table;

@@ -29,7 +29,7 @@ inline void relax() {
 
 // What the parts of one call share.
 struct Call {
-  const Control* control;
+  const Control* control = nullptr;
   std::atomic<bool> stop{false};
   Clock::time_point next_poll = Clock::now() + poll_every;
   std::mutex failing;
@@ -135,7 +135,8 @@ Pool& pool() {
 }  // namespace
 
 void run_parts(int parts, const Control& control, const std::function<void(int, int)>& work) {
-  Call call{.control = &control};
+  Call call;
+  call.control = &control;
   const bool was_calling = calling;
   calling = true;
   if (parts <= 1 || !pool().run(call, work, parts))

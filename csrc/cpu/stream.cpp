@@ -127,30 +127,31 @@ class Stream {
     }
   }
 
-  void seed(int64_t i, const float* upper, int64_t keys, int64_t rank) {
+  void seed(int64_t i, float* upper, int64_t keys, int64_t rank) {
     const float* residual = packed_.residual(0);
     float* lower = sample_lower_.data();
-    for (int64_t j = 0; j < keys; ++j) lower[j] = upper[j] - 2 * beta_[i] * residual[j];
-    const Exclusion& exclude = *call_.exclude;
-    const auto drop = [&](int64_t slot) {
-      const int64_t position = layout_.position(slot);
-      if (position < keys) lower[position] = -never;
+    const float twice = 2 * beta_[i];
+    for (int64_t j = 0; j < keys; ++j) lower[j] = upper[j] - twice * residual[j];
+    const auto drop = [&](int64_t position) {
+      if (position < keys) upper[position] = lower[position] = -never;
     };
-    if (exclude.query_video != nullptr) call_.bank->videos().each(exclude.query_video[rows_[i]], drop);
-    for (int64_t j = 0; j < keys; ++j) {
-      const int64_t slot = layout_.slot(j);
-      const bool out = slot >= layout_.keys || (exclude.mask != nullptr && is_excluded(i, slot));
-      lower[j] = out ? -never : lower[j];
-    }
+    for (int64_t lane = 0; lane < layout_.lanes; ++lane)  // lanes past the last key
+      for (int64_t block = std::max<int64_t>(0, layout_.keys - lane * layout_.blocks); block < keys / lanes8; ++block)
+        drop(block * lanes8 + lane);
+    const Exclusion& exclude = *call_.exclude;
+    if (exclude.query_video != nullptr)
+      call_.bank->videos().each(exclude.query_video[rows_[i]], [&](int64_t slot) { drop(layout_.position(slot)); });
+    if (exclude.mask != nullptr)
+      for (int64_t j = 0; j < keys; ++j)
+        if (layout_.slot(j) < layout_.keys && is_excluded(i, layout_.slot(j))) drop(j);
     theta_[i] = at_least(lower, keys, rank, lowest, 12);
     least_[i] = bound(i);
     for (int64_t block = 0; block < keys / lanes8; ++block) {
+      const float* u = upper + block * lanes8;
+      if (kernels_.count_float(u, lanes8, least_[i]) == 0) continue;
       uint64_t reached = 0;
-      for (int64_t lane = 0; lane < lanes8; ++lane)
-        reached |=
-            static_cast<uint64_t>(lower[block * lanes8 + lane] > -never && upper[block * lanes8 + lane] >= least_[i])
-            << lane;
-      if (reached != 0) collect(i, block, reached, upper + block * lanes8);
+      for (int64_t lane = 0; lane < lanes8; ++lane) reached |= static_cast<uint64_t>(u[lane] >= least_[i]) << lane;
+      collect(i, block, reached, u);
     }
   }
 
@@ -229,12 +230,8 @@ class Stream {
   // A value with at least k of the list at or above it, close to the largest such; `lowest` where there are fewer.
   float at_least(const float* value, int64_t n, int64_t k, float known, int rounds) const {
     if (n < k) return lowest;
-    float low = never, high = -never;
-    for (int64_t j = 0; j < n; ++j) {
-      low = std::min(low, value[j]);
-      high = std::max(high, value[j]);
-    }
-    low = std::max(low, lowest);
+    float low = 0, high = 0;
+    kernels_.range_float(value, n, lowest, &low, &high);
     if (known > low && known < high && kernels_.count_float(value, n, known) >= k) low = known;
     if (kernels_.count_float(value, n, low) < k) return lowest;
     for (int round = 0; round < rounds; ++round) {
