@@ -1,0 +1,187 @@
+// The CPU kernels without Python, for sanitizers and emulators: every instruction set against a plain reading of the
+// contract, on inputs that try the bounds. Usage: kernels_test [rounds]. Prints what ran; exits non-zero on a
+// difference.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <limits>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "cpu/backend.hpp"
+
+namespace {
+
+using namespace cascade;  // a test reads best as its subject does
+
+struct Problem {
+  int64_t keys, batch;
+  std::vector<int64_t> dims;
+  std::vector<std::vector<float>> key, query;  // per view
+  std::vector<int64_t> key_video, query_video;
+  Metric metric;
+  std::vector<std::vector<int32_t>> stage_views;
+  std::vector<Stage> stages;
+};
+
+double dot(const float* a, const float* b, int64_t n) {
+  double s[8] = {};
+  for (int64_t d = 0; d < n; ++d) s[d % 8] += static_cast<double>(a[d]) * static_cast<double>(b[d]);
+  return ((s[0] + s[4]) + (s[2] + s[6])) + ((s[1] + s[5]) + (s[3] + s[7]));
+}
+
+double similarity(const Problem& p, size_t view, int64_t q, int64_t k) {
+  const int64_t n = p.dims[view];
+  const float *a = p.query[view].data() + q * n, *b = p.key[view].data() + k * n;
+  if (p.metric == Metric::inner_product) return dot(a, b, n);
+  if (p.metric == Metric::l2) return -((dot(a, a, n) - 2 * dot(a, b, n)) + dot(b, b, n));
+  const double norms = std::sqrt(dot(a, a, n)) * std::sqrt(dot(b, b, n));
+  return norms != 0 ? dot(a, b, n) / norms : 0;
+}
+
+double fused(const Problem& p, const Stage& stage, int64_t q, int64_t k) {
+  double total = 0;
+  for (size_t i = 0; i < stage.views.size(); ++i) {
+    const double s = similarity(p, static_cast<size_t>(stage.views[i]), q, k);
+    if (i == 0)
+      total = s;
+    else if (stage.fusion == Fusion::sum)
+      total += s;
+    else
+      total = stage.fusion == Fusion::min ? std::min(total, s) : std::max(total, s);
+  }
+  return total;
+}
+
+std::vector<int64_t> expected(const Problem& p, int64_t q) {
+  std::vector<int64_t> eligible;
+  for (int64_t k = 0; k < p.keys; ++k)
+    if (p.key_video[k] != p.query_video[q]) eligible.push_back(k);
+  std::vector<int64_t> alive = eligible;
+  for (const Stage& stage : p.stages) {
+    std::vector<std::pair<double, int64_t>> ranked;
+    for (const int64_t k : stage.over_bank ? eligible : alive) ranked.emplace_back(-fused(p, stage, q, k), k);
+    std::sort(ranked.begin(), ranked.end());
+    if (static_cast<int64_t>(ranked.size()) > stage.keep) ranked.resize(stage.keep);
+    std::vector<int64_t> next;
+    for (const auto& [score, k] : ranked)
+      if (std::find(alive.begin(), alive.end(), k) != alive.end()) next.push_back(k);
+    alive = next;
+  }
+  alive.resize(p.stages.back().keep, -1);
+  return alive;
+}
+
+// Families that are easy, tied, skewed, off centre, of wild lengths, denormal, constant.
+float value(int family, std::mt19937& rng, int64_t row, int64_t d) {
+  std::normal_distribution<float> normal;
+  switch (family) {
+    case 1:
+      return static_cast<float>(static_cast<int>(rng() % 5)) - 2;
+    case 2:
+      return normal(rng) * (d == 0 ? 100.0f : 1.0f);
+    case 3:
+      return normal(rng) + 7;
+    case 4:
+      return normal(rng) * std::pow(10.0f, static_cast<float>(row % 30) - 15);
+    case 5:
+      return row % 3 == 0 ? 0.0f : 1e-42f * static_cast<float>(1 + row % 5);
+    case 6:
+      return 0.25f;
+    default:
+      return normal(rng);
+  }
+}
+
+Problem make(std::mt19937& rng, int family) {
+  Problem p;
+  p.keys = std::vector<int64_t>{600, 1023, 2048, 4500}[rng() % 4];
+  p.batch = 17 + rng() % 9;
+  p.metric = static_cast<Metric>(rng() % 3);
+  for (int view = 0; view < 2; ++view) {
+    const int64_t n = std::vector<int64_t>{1, 3, 16, 37, 64}[rng() % 5];
+    p.dims.push_back(n);
+    p.key.emplace_back(p.keys * n);
+    p.query.emplace_back(p.batch * n);
+    for (int64_t i = 0; i < p.keys * n; ++i) p.key[view][i] = value(family, rng, i / n, i % n);
+    for (int64_t i = 0; i < p.batch * n; ++i) p.query[view][i] = value(family, rng, i / n, i % n);
+  }
+  for (int64_t k = 0; k < p.keys; ++k) p.key_video.push_back(static_cast<int64_t>(rng() % 40));
+  for (int64_t q = 0; q < p.batch; ++q) p.query_video.push_back(static_cast<int64_t>(rng() % 40));
+  const int stages = 1 + static_cast<int>(rng() % 4);
+  int64_t keep = p.keys;
+  for (int s = 0; s < stages; ++s) {
+    const int kind = static_cast<int>(rng() % 6);
+    p.stage_views.push_back(kind < 3 ? std::vector<int32_t>{static_cast<int32_t>(rng() % 2)}
+                                     : std::vector<int32_t>{1, 0});
+    keep = std::max<int64_t>(1, rng() % 3 == 0 ? keep / 40 : keep / 2);
+    const Fusion fusion = kind < 3 ? Fusion::none : kind == 3 ? Fusion::sum : kind == 4 ? Fusion::min : Fusion::max;
+    p.stages.push_back({{}, fusion, keep, rng() % 6 == 0});
+  }
+  for (size_t s = 0; s < p.stages.size(); ++s) p.stages[s].views = p.stage_views[s];
+  return p;
+}
+
+std::vector<Matrix> matrices(const Problem& p, const std::vector<std::vector<float>>& data, int64_t rows) {
+  std::vector<Matrix> out;
+  for (size_t view = 0; view < p.dims.size(); ++view)
+    out.push_back({data[view].data(), rows, p.dims[view], p.dims[view], DType::float32});
+  return out;
+}
+
+bool answers_right(const Problem& p, cpu::Bank& bank, const char* isa, int threads, const char* when) {
+  const int64_t k = p.stages.back().keep;
+  std::vector<int64_t> index(p.batch * k);
+  std::vector<float> score(p.batch * k);
+  const cpu::Answer answer{index.data(), score.data(), {}};
+  const Exclusion exclude{p.key_video.data(), p.query_video.data(), nullptr};
+  const auto queries = matrices(p, p.query, p.batch);
+  cpu::mine(bank, p.stages, queries, p.batch, exclude, {.threads = threads}, answer);
+  for (int64_t q = 0; q < p.batch; ++q) {
+    const auto want = expected(p, q);
+    for (int64_t i = 0; i < k; ++i) {
+      const int64_t found = index[q * k + i];
+      const float shown =
+          found < 0 ? -std::numeric_limits<float>::infinity() : static_cast<float>(fused(p, p.stages.back(), q, found));
+      if (found == want[i] && shown == score[q * k + i]) continue;
+      std::printf("%s, %d threads, %s: query %ld rank %ld: expected key %ld, got %ld\n", isa, threads, when,
+                  static_cast<long>(q), static_cast<long>(i), static_cast<long>(want[i]), static_cast<long>(found));
+      return false;
+    }
+  }
+  return true;
+}
+
+}  // namespace
+
+int main(int count, char** words) {
+  const int rounds = count > 1 ? std::atoi(words[1]) : 1;
+  int failures = 0;
+  for (const cpu::Isa& isa : cpu::isas()) {
+    if (!isa.runs_here()) {
+      std::printf("%s: not on this machine (%s)\n", isa.name, isa.needs);
+      continue;
+    }
+    int problems = 0;
+    for (int round = 0; round < rounds; ++round)
+      for (int family = 0; family < 7; ++family, ++problems) {
+        std::mt19937 rng(static_cast<unsigned>(1000 * round + family));
+        Problem p = make(rng, family);
+        cpu::Bank bank(matrices(p, p.key, p.keys), p.key_video.data(), p.metric, isa.kernels());
+        failures += !answers_right(p, bank, isa.name, 1, "fresh");
+        failures += !answers_right(p, bank, isa.name, 3, "fresh");
+        const int64_t first = p.keys / 3, written = p.keys / 5;  // as a queue overwrites a run of slots
+        for (size_t view = 0; view < p.dims.size(); ++view)
+          for (int64_t i = first * p.dims[view]; i < (first + written) * p.dims[view]; ++i)
+            p.key[view][i] = value(family == 0 ? 4 : family, rng, i / p.dims[view], i % p.dims[view]);
+        for (int64_t slot = first; slot < first + written; ++slot) p.key_video[slot] = static_cast<int64_t>(rng() % 40);
+        bank.update(first, written);
+        failures += !answers_right(p, bank, isa.name, 2, "after an update");
+      }
+    std::printf("%s: %d problems\n", isa.name, problems);
+  }
+  std::printf(failures == 0 ? "all equal\n" : "%d failures\n", failures);
+  return failures == 0 ? 0 : 1;
+}
