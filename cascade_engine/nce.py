@@ -58,27 +58,9 @@ def nce(
 
 
 @nce.register_fake
-def _(
-    query: Tensor,
-    own: Tensor,
-    keys: Tensor,
-    slot: Tensor,
-    row: Tensor,
-    near: Tensor,
-    query_video: Tensor,
-    key_video: Tensor,
-    drop: Tensor,
-    temperature: float,
-    own_positive: bool,
-    ignore_siblings: bool,
-    mean_log: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return (
-        torch.empty_like(own, dtype=torch.float64),
-        torch.empty_like(own),
-        torch.empty_like(own),
-        torch.empty_like(own, dtype=torch.int64),
-    )
+def _(query: Tensor, own: Tensor, *_rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    each, count = torch.empty_like(own, dtype=torch.float64), torch.empty_like(own, dtype=torch.int64)
+    return each, torch.empty_like(own), torch.empty_like(own), count
 
 
 @torch.library.custom_op("cascade_engine::nce_backward", mutates_args=())
@@ -130,23 +112,7 @@ def nce_backward(
 
 @nce_backward.register_fake
 def _(
-    grad: Tensor,
-    lse: Tensor,
-    reached: Tensor,
-    count: Tensor,
-    query: Tensor,
-    own: Tensor,
-    keys: Tensor,
-    slot: Tensor,
-    row: Tensor,
-    near: Tensor,
-    query_video: Tensor,
-    key_video: Tensor,
-    drop: Tensor,
-    temperature: float,
-    own_positive: bool,
-    ignore_siblings: bool,
-    mean_log: bool,
+    grad: Tensor, lse: Tensor, reached: Tensor, count: Tensor, query: Tensor, own: Tensor, *_rest: Any
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(query), torch.empty_like(own)
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-
 import click
+
+from .lazy import LazyGroup
 
 BENCHMARKS = {
     "mining": ("bench_mining", "Mining against torch, faiss, scikit-learn, usearch, NumPy and the published loop."),
@@ -17,27 +17,7 @@ BENCHMARKS = {
 }
 
 
-class Benchmarks(click.Group):
-    """A group whose benchmarks live in modules of their own."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        """The benchmarks' names."""
-        return list(BENCHMARKS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Import and return one benchmark."""
-        if cmd_name not in BENCHMARKS:
-            return None
-        command: click.Command = import_module(f".{BENCHMARKS[cmd_name][0]}", __package__).command
-        return command
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """List the benchmarks without importing them."""
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, text) for name, (_, text) in BENCHMARKS.items()])
-
-
-@click.group("bench", cls=Benchmarks)
+@click.group("bench", cls=LazyGroup, table=BENCHMARKS)
 def command() -> None:
     """Measure, with every contestant's answer checked before it is timed.
 

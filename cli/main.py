@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import traceback
-from importlib import import_module
 from typing import Any
 
 import click
@@ -12,9 +11,10 @@ import click
 from cascade_engine import __version__
 from cascade_engine.errors import BackendUnavailable, CascadeError, InvalidInput, StoreError
 
+from .lazy import LazyGroup
+
 USAGE, UNAVAILABLE, STORE, FAILED, INTERRUPTED = 2, 3, 4, 1, 130
 
-# name -> (module, one-line help): the module is not imported to list it.
 COMMANDS = {
     "info": ("info", "What this installation can run, and why not the rest."),
     "demo": ("demo", "The whole method once: video in, label out."),
@@ -34,27 +34,11 @@ COMMANDS = {
 }
 
 
-class LazyGroup(click.Group):
-    """A group whose commands live in modules of this package, imported on demand."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        """The commands in the order of the tour, not of the alphabet."""
-        return list(COMMANDS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Import and return one command."""
-        if cmd_name not in COMMANDS:
-            return None
-        command: click.Command = import_module(f".{COMMANDS[cmd_name][0]}", __package__).command
-        return command
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """List the commands without importing them."""
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
-
-
-@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(
+    cls=LazyGroup,
+    table=COMMANDS,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
 @click.version_option(__version__, prog_name="cascade")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 @click.pass_context
