@@ -34,15 +34,15 @@ class GroupedBatchNorm3d(nn.BatchNorm3d):
         assert self.num_batches_tracked is not None
         parts = torch.tensor_split(batch, min(self.groups, len(batch)))
         share = self.momentum if self.momentum is not None else 0.1
+        means, variances = self.running_mean.new_zeros(2, len(parts), self.num_features)
+        done = []
+        for part, mean, variance in zip(parts, means, variances, strict=True):
+            # with momentum 1 the kernel leaves the part's own statistics in these buffers
+            done.append(nn.functional.batch_norm(part, mean, variance, self.weight, self.bias, True, 1.0, self.eps))
         with torch.no_grad():
-            mean = torch.stack([part.float().mean((0, 2, 3, 4)) for part in parts]).mean(0)
-            variance = torch.stack([part.float().var((0, 2, 3, 4)) for part in parts]).mean(0)
-            self.running_mean.lerp_(mean, share)
-            self.running_var.lerp_(variance, share)
+            self.running_mean.lerp_(means.mean(0), share)
+            self.running_var.lerp_(variances.mean(0), share)
             self.num_batches_tracked += 1
-        done = [
-            nn.functional.batch_norm(part, None, None, self.weight, self.bias, True, 0.0, self.eps) for part in parts
-        ]
         return torch.cat(done)
 
 
