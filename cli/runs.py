@@ -99,16 +99,19 @@ def _show(rows: list[dict[str, Any]], as_json: bool, *, empty: str) -> None:
     if not rows:
         click.echo(empty)
         return
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    table = Table()
+    table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
     names = list(dict.fromkeys(name for row in rows for name in row))
     for name in names:
         table.add_column(name, overflow="fold")
     for row in rows:
         table.add_row(*(_cell(row.get(name)) for name in names))
-    Console().print(table)
+    console = Console()
+    console.width = console.width if console.is_terminal else 200  # a file or pipe has no width
+    console.print(table)
 
 
 def _cell(value: Any) -> str:

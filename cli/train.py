@@ -80,6 +80,7 @@ def _train(config: TrainConfig, *, resume: bool, dry_run: bool) -> None:
     from cascade_engine.training.loop import train
 
     console = Console(stderr=True, quiet=os.environ.get("RANK", "0") != "0")
+    console.width = console.width if console.is_terminal else 160  # a file or pipe has no width
     handler = RichHandler(console=console, show_path=False, show_time=False)
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler], force=True)
     _show_phases(config, console)
@@ -95,11 +96,13 @@ def _train(config: TrainConfig, *, resume: bool, dry_run: bool) -> None:
 
 def _show_phases(config: TrainConfig, console: Console) -> None:
     """The phase controller's table: what each phase trains, with whose weights."""
+    from rich import box
     from rich.table import Table
 
     from cascade_engine.training.phases import PhaseRow, phase_rows
 
-    table = Table(title=f"{config.name}: {config.model.encoder}, seed {config.seed}")
+    title = f"{config.name}: {config.model.encoder}, seed {config.seed}"
+    table = Table(title=title, box=box.SIMPLE, padding=(0, 1, 0, 0))
     for column in fields(PhaseRow):
         table.add_column(column.name, overflow="fold")
     for row in phase_rows(config):
