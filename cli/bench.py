@@ -13,6 +13,10 @@ BENCHMARKS = {
         "bench_training",
         "What the positives of each plan are worth: one net trained alike with all of them on MovingDigits.",
     ),
+    "step": (
+        "bench_step",
+        "The share of a training step that mining and the loss take, against torch and the published loop.",
+    ),
     "video": ("bench_video", "Decoding, views and optical flow."),
 }
 

@@ -1,0 +1,157 @@
+"""The share of a training step that mining and the loss take: the engine's, a torch version's, the published loop's.
+
+The rest of the step is what a CPR phase does besides: the query's augmentation, forward and backward pass, the
+momentum encoder on the keys, the frozen oracle on its view of them, the optimiser. Mining and loss are timed apart on a
+queue of K keys, with the push of the step's keys, since that is when the engine prepares them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+import cascade_engine as ce
+from cascade_engine.models import MomentumEncoder, build_encoder
+from cascade_engine.video.augment import Augment
+
+from .inputs import Batch, Case, Problem, make
+from .judging import Judge
+from .published import prepare_published
+from .timing import clock_for, interleaved, machine, pinned
+from .torch_miner import TorchMiner
+
+PACKAGES = ("cascade-engine", "torch", "torchvision", "numpy")
+PLAN = str(ce.CascadePlan.preset("cpr", oracle="flow", trainee="rgb", k=5))
+TEMPERATURE = 0.07
+Row = dict[str, Any]
+Search = Callable[[Batch], torch.Tensor]
+
+
+def run(*, batch: int = 32, keys: int = 16384, threads: int = 2, rounds: int = 5, large: bool = True) -> Row:
+    """Measure the shares and return everything the table needs.
+
+    Args:
+        batch: clips of a step.
+        keys: in the queue.
+        threads: processors and threads.
+        rounds: interleaved visits to each contestant.
+        large: also a step of R3D-18 on 16 x 112 x 112, from a batch of two, scaled to `batch`.
+    """
+    problem = make(Case(name="step", group="step", plan=PLAN, queries=batch, keys=keys, exclude=True))
+    with pinned(threads):
+        judge = Judge(problem)
+        miners: dict[str, Search] = {
+            "torch": TorchMiner(problem, "cpu", torch.float32),
+            "published": prepare_published(problem),
+        }
+        for name, miner in miners.items():
+            if not judge(miner(problem.batches[0])).accepts(engine=False):
+                raise AssertionError(f"{name}: wrong answer")
+        engine, found = engine_step(problem)
+        engine(0)
+        if not judge(found[-1]).accepts(engine=True):
+            raise AssertionError("engine: wrong answer")
+        calls: dict[str, Callable[[int], object]] = {"rest of a tiny step": rest_of_step("small3d", batch, (8, 56))}
+        calls |= {name: torch_step(problem, miner) for name, miner in miners.items()} | {"engine": engine}
+        timings = {
+            name: timing.as_json() for name, timing in interleaved(calls, rounds=rounds, clock=clock_for("cpu")).items()
+        }
+        steps = {"tiny": timings["rest of a tiny step"]["median_ms"]}
+        if large:
+            one = {"r3d": rest_of_step("r3d18", 2, (16, 112))}
+            taken = interleaved(one, rounds=2, clock=clock_for("cpu"))["r3d"].median
+            steps["r3d18, 16 x 112 x 112"] = taken * 1e3 * batch / 2
+    shares = {
+        step: {name: timings[name]["median_ms"] / (timings[name]["median_ms"] + rest) for name in (*miners, "engine")}
+        for step, rest in steps.items()
+    }
+    settings = {"batch": batch, "keys": keys, "threads": threads, "rounds": rounds, "plan": PLAN}
+    return {"machine": machine(PACKAGES), "settings": settings, "timings": timings, "rest_ms": steps, "shares": shares}
+
+
+def rest_of_step(encoder: str, batch: int, clip: tuple[int, int]) -> Callable[[int], object]:
+    """A step of a phase that trains rgb with flow as oracle, without mining and loss: the call."""
+    frames, side = clip
+    rng = np.random.default_rng(0)
+    stored = {
+        "rgb": rng.integers(0, 256, (batch, frames, side + 8, side + 8, 3)).astype(np.uint8),
+        "flow": rng.integers(-127, 128, (batch, frames, side + 8, side + 8, 2)).astype(np.int8),
+    }
+    augment = Augment(size=side)
+    trained, oracle = build_encoder(encoder, 3, norm_groups=2).train(), build_encoder(encoder, 2).eval()
+    momentum, optimizer = MomentumEncoder(trained), torch.optim.Adam(trained.parameters())
+
+    def step(number: int) -> None:
+        draws = augment.draw(batch, rng)
+        keys = {view: augment.apply(view, clips, draws) for view, clips in stored.items()}
+        with torch.no_grad():
+            momentum(keys["rgb"])
+            oracle(keys["flow"])
+        query = trained(augment.apply("rgb", stored["rgb"], augment.draw(batch, rng)))
+        query.sum().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        momentum.follow(trained)
+
+    return step
+
+
+def engine_step(problem: Problem) -> tuple[Callable[[int], object], list[Any]]:
+    """Mining, loss forward and backward, push: the call, and the list its answers go to."""
+    queue = ce.KeyQueue(problem.case.keys, dict.fromkeys(problem.keys, problem.case.width), device="cpu")
+    queue.push({view: torch.from_numpy(keys) for view, keys in problem.keys.items()}, problem.video_id)
+    plan, answers = problem.case.parsed, list[Any]()
+
+    def step(number: int) -> None:
+        batch = problem.batches[number % len(problem.batches)]
+        keys = {view: torch.from_numpy(values) for view, values in batch.queries.items()}
+        video, bank = torch.from_numpy(batch.video_id), queue.bank()
+        found = ce.mine(plan, keys, bank, video)
+        answers[:] = [found.index]
+        query = keys["rgb"].clone().requires_grad_()
+        loss = ce.multi_positive_nce(
+            query, keys["rgb"], bank, found, view="rgb", temperature=TEMPERATURE, query_video_id=video
+        )
+        loss.backward()  # type: ignore[no-untyped-call]
+        queue.push(keys, batch.video_id)
+
+    return step, answers
+
+
+def torch_step(problem: Problem, miner: Search) -> Callable[[int], object]:
+    """Mining by `miner`, the loss in plain torch over a (B, 1 + K) array, forward and backward: the call."""
+    bank = torch.from_numpy(problem.keys["rgb"])
+    video = torch.from_numpy(problem.video_id)
+
+    def step(number: int) -> None:
+        batch = problem.batches[number % len(problem.batches)]
+        positives = miner(batch)
+        key = torch.from_numpy(batch.queries["rgb"])
+        query = key.clone().requires_grad_()
+        scores = torch.cat([(query * key).sum(1, keepdim=True), query @ bank.T], 1) / TEMPERATURE
+        member = torch.zeros(scores.shape, dtype=torch.bool)
+        member[:, 1:] = torch.from_numpy(batch.video_id)[:, None] == video[None]
+        member.scatter_(1, positives + 1, True)
+        member[:, 0] = True
+        loss = scores.logsumexp(1) - scores.masked_fill(~member, -torch.inf).logsumexp(1)
+        loss.mean().backward()  # type: ignore[no-untyped-call]
+
+    return step
+
+
+def table(results: Row) -> str:
+    """The shares as Markdown."""
+    names = ("engine", "torch", "published")
+    timings, settings = results["timings"], results["settings"]
+    lines = [
+        f"| B = {settings['batch']}, K = {settings['keys']} | rest of the step | " + " | ".join(names) + " |",
+        "|---|---|" + "---|" * len(names),
+        "| mining + loss, ms | | " + " | ".join(f"{timings[name]['median_ms']:.1f}" for name in names) + " |",
+    ]
+    for step, rest in results["rest_ms"].items():
+        cells = " | ".join(f"{results['shares'][step][name]:.1%}" for name in names)
+        lines.append(f"| share of a step: {step} | {rest:.0f} ms | {cells} |")
+    return "\n".join(lines)
