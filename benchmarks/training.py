@@ -12,33 +12,23 @@ from __future__ import annotations
 
 import copy
 import math
-import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
 
-import numpy as np
-import numpy.typing as npt
 import torch
-from torch import nn
 
 import cascade_engine as ce
 from cascade_engine.bank import Bank
 from cascade_engine.errors import InvalidInput
-from cascade_engine.evaluation.features import FeatureSet
-from cascade_engine.evaluation.neighbours import retrieval
-from cascade_engine.evaluation.probe import linear_probe
 from cascade_engine.loss import Siblings
 from cascade_engine.mining import Positives
 from cascade_engine.models.encoder import Encoder
 from cascade_engine.models.momentum import MomentumEncoder
 from cascade_engine.plan import CascadePlan
 
+from .digit_nets import Budget, Oracle, clips, judge, network, oracle_of, worth
 from .moving_digits import CLASSES, DigitFeatures
-
-Row = dict[str, Any]
-FIGURES = ("precision", "R@1", "R@5", "probe")
-NAMES = tuple(f"digit {c // 6}, motion {c % 6}" for c in range(CLASSES))
+from .training_report import START, Row
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,49 +60,8 @@ METHODS = (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Budget:
-    """What every method gets alike.
-
-    Args:
-        trainee: the view trained and judged; the other one is the oracle.
-        oracle: ``learned`` (by InfoNCE, then frozen), ``noise`` (random unit vectors) or ``collapsed`` (the learned
-            one's vectors in a narrow cone).
-        queue: keys.
-        warm: epochs of InfoNCE per view before the methods begin.
-        epochs: of each method.
-        batch: clips.
-        k: positives per query.
-        lr: highest learning rate, of a cosine schedule.
-        momentum: of the key encoder.
-        temperature: of the loss.
-        drop: probability that the own key leaves the positives where there are others.
-        width: of the net's layers.
-        dim: of the embedding.
-    """
-
-    trainee: Literal["rgb", "flow"] = "rgb"
-    oracle: Literal["learned", "noise", "collapsed"] = "learned"
-    queue: int = 2048
-    warm: int = 12
-    epochs: int = 20
-    batch: int = 64
-    k: int = 5
-    lr: float = 1e-3
-    momentum: float = 0.99
-    temperature: float = 0.1
-    drop: float = 0.9
-    width: int = 256
-    dim: int = 64
-
-    @property
-    def other(self) -> str:
-        """The oracle's view."""
-        return "flow" if self.trainee == "rgb" else "rgb"
-
-
 def find(names: Sequence[str]) -> tuple[Method, ...]:
-    """The methods of these names, in the table's order; all where none is named.
+    """The methods of these names, in their order; all where none is named.
 
     Raises:
         InvalidInput: an unknown name.
@@ -121,67 +70,51 @@ def find(names: Sequence[str]) -> tuple[Method, ...]:
     for name in names:
         if name.lower() not in known:
             raise InvalidInput(f"method: expected one of {', '.join(m.name for m in METHODS)}, got {name!r}")
-    wanted = {name.lower() for name in names}
-    return tuple(method for name, method in known.items() if not wanted or name in wanted)
+    return tuple(known[name.lower()] for name in names) or METHODS
+
+
+def plans(budget: Budget) -> dict[str, CascadePlan]:
+    """The methods that mine, by name, each with its plan."""
+    return {
+        method.name: CascadePlan.preset(method.positives, oracle=budget.other, trainee=budget.trainee, k=budget.k)
+        for method in METHODS
+        if method.positives not in (None, "labels", "random")
+    }
 
 
 def run_seed(
-    data: DigitFeatures, budget: Budget, methods: Sequence[Method], seed: int, report: Callable[[str], None]
-) -> dict[str, Row]:
-    """Warm both views up by InfoNCE, then train every method from there; method to its figures, shares in [0, 1]."""
+    data: DigitFeatures, budget: Budget, methods: Sequence[Method], seed: int, *, probe: bool
+) -> Iterator[Row]:
+    """Warm both views up by InfoNCE, then train every method from there.
+
+    Returns:
+        What is known, again after each method. ``views``: what the views are worth before (see `worth`); ``methods``:
+        method to its figures, those before as ``start``; shares in [0, 1].
+    """
     warm = {}
     for number, view in enumerate(("rgb", "flow")):
         torch.manual_seed(seed * 2 + number)
         fresh = network(clips(data, view).shape[-1], budget)
         trainer = Trainer(data, budget, METHODS[0], view, fresh, oracle=None, seed=seed)
         warm[view] = trainer.run(budget.warm)
-    oracle = oracle_of(warm[budget.other], budget, seed)
-    found: dict[str, Row] = {"start": judge(warm[budget.trainee], data, budget)}
-    report(f"seed {seed}: start: {summary(found['start'])}")
+    shown = oracle_of(warm[budget.other], budget, seed)
+    found: Row = {"views": worth(data, budget, warm[budget.trainee], shown, plans(budget)), "methods": {}}
+    found["methods"][START] = judge(warm[budget.trainee], data, budget.trainee, probe=probe)
+    yield found
     for method in methods:
         torch.manual_seed(seed + 7)  # the same dropout for all
         begun = copy.deepcopy(warm[budget.trainee])
-        trainer = Trainer(data, budget, method, budget.trainee, begun, oracle=oracle, seed=seed + 7)
+        shown = oracle_of(warm[budget.other], budget, seed)
+        trainer = Trainer(data, budget, method, budget.trainee, begun, oracle=shown, seed=seed + 7)
         encoder = trainer.run(budget.epochs)
-        found[method.name] = {"precision": trainer.precision, **judge(encoder, data, budget)}
-        report(f"seed {seed}: {method.name}: {summary(found[method.name])}")
-    return found
+        judged = judge(encoder, data, budget.trainee, probe=probe)
+        found["methods"][method.name] = {"precision": trainer.precision, **judged}
+        yield found
 
 
 def summary(figures: Row) -> str:
     """One method's figures in a line, in percent."""
     return ", ".join(f"{name} {100 * value:.1f}" for name, value in figures.items() if value is not None)
-
-
-def clips(data: DigitFeatures, view: str) -> torch.Tensor:
-    """The varied clips of the training videos, (N, A, D)."""
-    return torch.from_numpy(data.varied_rgb if view == "rgb" else data.varied_flow)
-
-
-def network(inputs: int, budget: Budget) -> Encoder:
-    """A net of two layers with a projection head, its weights drawn from torch's generator."""
-    width = budget.width
-    layers = [nn.Dropout(0.2), nn.Linear(inputs, width), nn.BatchNorm1d(width), nn.ReLU()]
-    layers += [nn.Linear(width, width), nn.BatchNorm1d(width), nn.ReLU()]
-    return Encoder(nn.Sequential(*layers), width, budget.dim)
-
-
-Oracle = Callable[[torch.Tensor], torch.Tensor]
-
-
-def oracle_of(encoder: Encoder, budget: Budget, seed: int) -> Oracle:
-    """The frozen second view: clips' features (B, D) to embeddings (B, dim)."""
-    frozen = copy.deepcopy(encoder).eval().requires_grad_(False)
-    generator = torch.Generator().manual_seed(seed + 11)
-    axis = nn.functional.normalize(torch.randn(1, budget.dim, generator=generator))
-
-    def embed(clips: torch.Tensor) -> torch.Tensor:
-        if budget.oracle == "noise":
-            return nn.functional.normalize(torch.randn(len(clips), budget.dim, generator=generator))
-        found: torch.Tensor = frozen(clips)
-        return found if budget.oracle == "learned" else nn.functional.normalize(axis + 0.05 * found)
-
-    return embed
 
 
 class Trainer:
@@ -214,9 +147,7 @@ class Trainer:
         self.generator = torch.Generator().manual_seed(seed)
         dims = {view: budget.dim} | ({} if oracle is None else {budget.other: budget.dim})
         self.queue = ce.KeyQueue(budget.queue, dims)
-        self.plan = None
-        if method.positives not in (None, "labels", "random"):
-            self.plan = CascadePlan.preset(method.positives, oracle=budget.other, trainee=view, k=budget.k)
+        self.plan = plans(budget).get(method.name)
         self.optimizer = torch.optim.AdamW(encoder.parameters(), lr=budget.lr, weight_decay=1e-3)
         self.right = self.mined = 0
 
@@ -288,32 +219,13 @@ class Trainer:
         return found
 
 
-@torch.no_grad()
-def judge(encoder: Encoder, data: DigitFeatures, budget: Budget) -> Row:
-    """Retrieval and linear probe of the backbone's features, a video's clips averaged."""
-    encoder.eval()
-
-    def features(cuts: npt.NDArray[np.float32], label: npt.NDArray[np.int64]) -> FeatureSet:
-        values = torch.from_numpy(cuts)
-        found = encoder.backbone(values.flatten(0, 1)).unflatten(0, values.shape[:2])
-        mean = nn.functional.normalize(found, dim=-1).mean(1).numpy()
-        return FeatureSet(values=mean, label=label, video_id=np.arange(len(label)), classes=NAMES)
-
-    rgb = budget.trainee == "rgb"
-    test = features(data.test_rgb if rgb else data.test_flow, data.test_label)
-    train = features(data.train_rgb if rgb else data.train_flow, data.train_label)
-    found = retrieval(test, train, ks=(1, 5)).figures
-    with torch.enable_grad():
-        probe = linear_probe(test, train, strengths=(1e-4, 1e-3, 1e-2)).figures["accuracy"]
-    return {"R@1": found["R@1"], "R@5": found["R@5"], "probe": probe}
-
-
 def run(
     data: DigitFeatures,
     budget: Budget,
     methods: Sequence[Method],
     seeds: Sequence[int],
     *,
+    probe: bool = True,
     report: Callable[[str], None],
     keep: Callable[[Row], None] | None = None,
 ) -> Row:
@@ -324,11 +236,12 @@ def run(
         budget: the same for all.
         methods: which.
         seeds: which.
+        probe: whether the linear probe, a third of the time, is fitted too.
         report: told of every method trained.
-        keep: given the results after each seed, so that a long run can be read while it goes on.
+        keep: given the results after each method, so that a long run can be read while it goes on.
 
     Returns:
-        ``budget``, ``data``, and ``seeds``: seed to method to figures.
+        ``budget``, ``data``, and ``seeds``: seed to what `run_seed` found.
     """
     results: Row = {
         "budget": asdict(budget),
@@ -336,43 +249,10 @@ def run(
         "seeds": {},
     }
     for seed in seeds:
-        results["seeds"][str(seed)] = run_seed(data, budget, methods, seed, report)
-        if keep is not None:
-            keep(results)
+        for found in run_seed(data, budget, methods, seed, probe=probe):
+            results["seeds"][str(seed)] = found
+            name, figures = list(found["methods"].items())[-1]
+            report(f"seed {seed}: {name}: {summary(figures)}")
+            if keep is not None:
+                keep(results)
     return results
-
-
-def column(results: Row, method: str, figure: str) -> list[float]:
-    """A method's figure, seed by seed, in percent; seeds without it are left out."""
-    rows = [found[method] for found in results["seeds"].values() if method in found]
-    return [100 * row[figure] for row in rows if row.get(figure) is not None]
-
-
-def spread(values: Sequence[float]) -> str:
-    """Mean +- standard deviation over seeds."""
-    if not values:
-        return ""
-    return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
-
-
-def table(results: Row) -> str:
-    """A Markdown table: a row per method, mean ± standard deviation over seeds, in percent; R@1 against CoCLR's."""
-    lines = [
-        "| positives | mining precision | R@1 | R@5 | linear probe | R@1 - CoCLR's, seed by seed |",
-        "|---|" + "---:|" * 5,
-    ]
-    base = column(results, "CoCLR", "R@1")
-    for name in methods_of(results):
-        own = column(results, name, "R@1")
-        paired = ""
-        if name not in ("CoCLR", "start") and len(base) == len(own):
-            differences = [a - b for a, b in zip(own, base, strict=True)]
-            paired = f"{spread(differences)}, above in {sum(d > 0 for d in differences)} of {len(differences)}"
-        cells = [spread(column(results, name, figure)) for figure in FIGURES]
-        lines.append("| " + " | ".join([name, *cells, paired]) + " |")
-    return "\n".join(lines)
-
-
-def methods_of(results: Row) -> list[str]:
-    """The methods in results, in the order trained."""
-    return list(dict.fromkeys(name for found in results["seeds"].values() for name in found))

@@ -14,7 +14,7 @@ import click
 @click.option("--method", "names", multiple=True, help="Only this method; repeatable. By default all.")
 @click.option("--seeds", default=5, show_default=True, type=click.IntRange(1), help="Train with the seeds 0, 1, ...")
 @click.option("--first-seed", default=0, show_default=True, type=click.IntRange(0), help="Instead of 0.")
-@click.option("--train", default=3000, show_default=True, type=click.IntRange(60), help="Training videos.")
+@click.option("--train", default=3000, show_default=True, type=click.IntRange(64), help="Training videos.")
 @click.option("--test", default=900, show_default=True, type=click.IntRange(60), help="Test videos.")
 @click.option("--queue", default=2048, show_default=True, type=click.IntRange(1), help="Keys in the queue.")
 @click.option("--warm", default=12, show_default=True, type=click.IntRange(1), help="Epochs of InfoNCE per view first.")
@@ -27,10 +27,17 @@ import click
     type=click.Choice(["learned", "noise", "collapsed"]),
     help="The other view: as it learned, random vectors, or squeezed into a narrow cone.",
 )
+@click.option("--probe/--no-probe", default=True, show_default=True, help="Fit the linear probe, a third of the time.")
 @click.option("--data", default="cache", show_default=True, help="Folder that keeps the videos and their features.")
 @click.option("--threads", default=1, show_default=True, type=click.IntRange(1), help="Threads of torch.")
 @click.option("--json", "to", type=click.Path(dir_okay=False, path_type=Path), help="Write the results here.")
-@click.option("--from", "source", type=click.Path(exists=True, path_type=Path), help="Show results measured before.")
+@click.option(
+    "--from",
+    "sources",
+    multiple=True,
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Show results measured before; repeatable, for runs with other seeds.",
+)
 @click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw the results into this PNG or SVG.")
 def command(
     names: tuple[str, ...],
@@ -43,10 +50,11 @@ def command(
     epochs: int,
     view: str,
     oracle: str,
+    probe: bool,
     data: str,
     threads: int,
     to: Path | None,
-    source: Path | None,
+    sources: tuple[Path, ...],
     plot: Path | None,
 ) -> None:
     """Positives compared on MovingDigits: own key, CoCLR, CPR, fusions, labels.
@@ -62,14 +70,18 @@ def command(
       cascade bench training --from training.json --plot training.png
     """
     import torch
-    from cascade_engine.benchmarks import moving_digits, training
-    from cascade_engine.benchmarks.training_plot import draw
+    from cascade_engine.benchmarks import digit_nets, moving_digits, training, training_report
 
-    if source is not None:
-        results = json.loads(source.read_text(encoding="utf-8"))
+    def keep(found: dict[str, Any]) -> None:
+        if to is not None:
+            to.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+    if sources:
+        results = training_report.joined([json.loads(source.read_text(encoding="utf-8")) for source in sources])
+        keep(results)
     else:
         torch.set_num_threads(threads)
-        budget = training.Budget(
+        budget = digit_nets.Budget(
             trainee="rgb" if view == "rgb" else "flow",
             oracle="noise" if oracle == "noise" else "collapsed" if oracle == "collapsed" else "learned",
             queue=queue,
@@ -83,12 +95,10 @@ def command(
             )
         features = moving_digits.digit_features(videos, data)
 
-        def keep(found: dict[str, Any]) -> None:
-            if to is not None:
-                to.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-
         chosen = range(first_seed, first_seed + seeds)
-        results = training.run(features, budget, methods, chosen, report=click.echo, keep=keep)
-    click.echo(training.table(results))
+        results = training.run(features, budget, methods, chosen, probe=probe, report=click.echo, keep=keep)
+    click.echo(training_report.table(results))
+    click.echo()
+    click.echo(training_report.views_table(results))
     if plot is not None:
-        draw(results, plot)
+        training_report.draw(results, plot)
