@@ -17,6 +17,7 @@ BENCHMARKS = {
         "bench_step",
         "The share of a training step that mining and the loss take, against torch and the published loop.",
     ),
+    "leftout": ("bench_leftout", "Does a window of a video find its own video? A model against raw pixels."),
     "video": ("bench_video", "Decoding, views and optical flow."),
 }
 
