@@ -1,0 +1,1 @@
+"""The whole method once, thinly but for real: what `cascade demo` runs."""
