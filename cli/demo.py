@@ -9,7 +9,9 @@ import click
 
 @click.command("demo")
 @click.option("--videos", type=click.Path(path_type=Path), help="A folder with a folder of videos for each label.")
-@click.option("--folder", default="demo", show_default=True, type=click.Path(path_type=Path), help="Everything goes here.")
+@click.option(
+    "--folder", default="demo", show_default=True, type=click.Path(path_type=Path), help="Everything goes here."
+)
 @click.option("--seed", default=0, show_default=True, help="Of every random draw.")
 def command(videos: Path | None, folder: Path, seed: int) -> None:
     """The whole method once, thinly but for real: video in, label out.

@@ -6,18 +6,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
+import numpy as np
 
 from cascade_engine.demo.measuring import Row, measure, remarks
 from cascade_engine.demo.page import write_demo_report
 from cascade_engine.demo.videos import DemoOptions, Progress, find_videos
-from cascade_engine.evaluation.features import Scores
+from cascade_engine.deployment.artefact import load, save
+from cascade_engine.deployment.assemble import assemble
+from cascade_engine.deployment.finetune import finetune
+from cascade_engine.deployment.finetuned import FinetuneConfig, FineTuned
+from cascade_engine.deployment.predict import predict
+from cascade_engine.evaluation.features import Scores, accuracy_scores
 from cascade_engine.training.desk import Progress as Step
-from cascade_engine.training.extraction import write_features
 from cascade_engine.training.loop import train
-from cascade_engine.training.parallel import World
-from cascade_engine.training.run import INITIAL, Run
+from cascade_engine.training.run import Run
 from cascade_engine.video.cache import ClipCache
+from cascade_engine.video.index import VideoIndex
+
+EPOCHS = 15  # of fine-tuning
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +33,7 @@ class Outcome:
     Args:
         rows: retrieval and mining, phase by phase.
         remarks: where the trained features do not win.
-        labels: how the held-out videos were classified.
+        labels: how the held-out videos were classified by the exported model.
         model: the exported file.
         report: the HTML file.
     """
@@ -72,11 +78,43 @@ def run_demo(options: DemoOptions, progress: Progress) -> Outcome:
 
     run = train(course, resume=True, cache=cache, report=step)
     progress("measure", 0, 1)
-    write_features(run, INITIAL, cache, World(), torch.device("cpu"))
-    rows = measure(run, cache)
+    rows = measure(run)
     progress("measure", 1, 1)
-    model, labels = label_held_out(run, options.folder / "model.pt2", progress)
+    model = options.folder / "model.pt2"
+    if not model.exists():
+        save(*assemble([_finetuned(run, view, progress) for view in run.views]), model)
+    labels = label_held_out(model, index, progress)
+    progress("report", 0, 1)
     report = write_demo_report(
-        options.folder / "report.html", run, cache, rows, labels, rendered=options.videos is None
+        options.folder / "report.html", run, index, rows, labels, rendered=options.videos is None
     )
+    progress("report", 1, 1)
     return Outcome(rows=rows, remarks=remarks(rows), labels=labels, model=model, report=report)
+
+
+def _finetuned(run: Run, view: str, progress: Progress) -> Path:
+    """The folder of the view's classifier, trained where it is not there yet."""
+    folder = run.folder / f"finetuned-{view}"
+    if not FineTuned.is_in(folder):
+        name = f"fine-tune {view}"
+        config = FinetuneConfig(view=view, epochs=EPOCHS, seed=run.config.seed)
+        finetune(run, config, progress=lambda epoch, _: progress(name, epoch, EPOCHS)).save(folder)
+    return folder
+
+
+def label_held_out(model: Path, index: VideoIndex, progress: Progress) -> Scores:
+    """Label the held-out video files with the exported model, and judge the labels."""
+    loaded = load(model)
+    names = loaded.signature.labels
+    entries = index.split("test")
+    truth, probabilities = [], []
+    found = predict(loaded, [entry.path for entry in entries])
+    for done, (entry, result) in enumerate(zip(entries, found, strict=True), start=1):
+        progress("label held-out videos", done, len(entries))
+        if result.probabilities is not None and entry.label in names:
+            truth.append(names.index(entry.label))
+            probabilities.append(result.probabilities)
+    settings = {"videos": len(truth), "unreadable": len(entries) - len(truth)}
+    return accuracy_scores(
+        "classify", np.array(truth, np.int64), np.stack(probabilities).astype(np.float64), names, settings
+    )

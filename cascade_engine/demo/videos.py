@@ -54,7 +54,11 @@ def find_videos(options: DemoOptions, progress: Progress) -> VideoIndex:
 
         count = int(options.config.data.source.partition(":")[2] or 20)
         return render(
-            folder, count, options.seed, workers=2, progress=lambda done, total, _: progress("render videos", done, total)
+            folder,
+            count,
+            options.seed,
+            workers=2,
+            progress=lambda done, total, _: progress("render videos", done, total),
         )
     hold_out(VideoIndex.from_folder(options.videos)).to_csv(folder / "index.csv")
     return VideoIndex.from_csv(folder / "index.csv")
