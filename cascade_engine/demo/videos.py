@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from cascade_engine.errors import InvalidInput
@@ -24,13 +24,13 @@ class DemoOptions:
         folder: everything goes there; an earlier demo in it is continued.
         videos: a folder with a folder of videos for each label, instead of the rendered actions.
         seed: of every random draw.
-        config: the course of training; `data`, `name`, `seed` and `output` are set by the demo.
+        config: the course of training; `name`, `seed`, `output` and where data lies are set by the demo.
     """
 
     folder: Path
     videos: Path | None = None
     seed: int = 0
-    config: TrainConfig = preset("tiny")
+    config: TrainConfig = field(default_factory=lambda: preset("tiny"))
 
     def course(self) -> TrainConfig:
         """The config of the demo's run."""
