@@ -8,7 +8,11 @@ import click
 
 
 @click.command("demo")
-@click.option("--videos", type=click.Path(path_type=Path), help="A folder with a folder of videos for each label.")
+@click.option(
+    "--videos",
+    type=click.Path(path_type=Path),
+    help="A folder with a folder of videos for each label, or a CSV index (path, label, split, start, end).",
+)
 @click.option(
     "--folder", default="demo", show_default=True, type=click.Path(path_type=Path), help="Everything goes here."
 )

@@ -23,8 +23,6 @@ from cascade_engine.training.run import Run
 from cascade_engine.video.cache import ClipCache
 from cascade_engine.video.index import VideoIndex
 
-EPOCHS = 15  # of fine-tuning
-
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
@@ -82,7 +80,7 @@ def run_demo(options: DemoOptions, progress: Progress) -> Outcome:
     progress("measure", 1, 1)
     model = options.folder / "model.pt2"
     if not model.exists():
-        save(*assemble([_finetuned(run, view, progress) for view in run.views]), model)
+        save(*assemble([_finetuned(run, view, options.epochs, progress) for view in run.views]), model)
     labels = label_held_out(model, index, progress)
     progress("report", 0, 1)
     report = write_demo_report(
@@ -92,13 +90,13 @@ def run_demo(options: DemoOptions, progress: Progress) -> Outcome:
     return Outcome(rows=rows, remarks=remarks(rows), labels=labels, model=model, report=report)
 
 
-def _finetuned(run: Run, view: str, progress: Progress) -> Path:
+def _finetuned(run: Run, view: str, epochs: int, progress: Progress) -> Path:
     """The folder of the view's classifier, trained where it is not there yet."""
     folder = run.folder / f"finetuned-{view}"
     if not FineTuned.is_in(folder):
         name = f"fine-tune {view}"
-        config = FinetuneConfig(view=view, epochs=EPOCHS, seed=run.config.seed)
-        finetune(run, config, progress=lambda epoch, _: progress(name, epoch, EPOCHS)).save(folder)
+        config = FinetuneConfig(view=view, epochs=epochs, seed=run.config.seed)
+        finetune(run, config, progress=lambda epoch, _: progress(name, epoch, epochs)).save(folder)
     return folder
 
 

@@ -22,14 +22,17 @@ class DemoOptions:
 
     Args:
         folder: everything goes there; an earlier demo in it is continued.
-        videos: a folder with a folder of videos for each label, instead of the rendered actions.
+        videos: a folder with a folder of videos for each label, or a CSV index (path, label, split, start, end),
+            instead of the rendered actions.
         seed: of every random draw.
+        epochs: of fine-tuning.
         config: the course of training; `name`, `seed`, `output` and where data lies are set by the demo.
     """
 
     folder: Path
     videos: Path | None = None
     seed: int = 0
+    epochs: int = 15
     config: TrainConfig = field(default_factory=lambda: preset("tiny"))
 
     def course(self) -> TrainConfig:
@@ -42,10 +45,10 @@ class DemoOptions:
 
 
 def find_videos(options: DemoOptions, progress: Progress) -> VideoIndex:
-    """The labelled videos: rendered, or those of a folder with every fourth of a label held out.
+    """The labelled videos: rendered, of a CSV index as it is, or of a folder with every fourth of a label held out.
 
     Raises:
-        InvalidInput: a folder without enough labelled videos.
+        InvalidInput: a folder without enough labelled videos, or an index without the splits ``train`` and ``test``.
     """
     folder = options.folder / "videos"
     folder.mkdir(parents=True, exist_ok=True)
@@ -60,7 +63,13 @@ def find_videos(options: DemoOptions, progress: Progress) -> VideoIndex:
             workers=2,
             progress=lambda done, total, _: progress("render videos", done, total),
         )
-    hold_out(VideoIndex.from_folder(options.videos)).to_csv(folder / "index.csv")
+    if options.videos.suffix == ".csv":
+        given = VideoIndex.from_csv(options.videos)
+        for split in ("train", "test"):
+            given.split(split)  # refuses an index without it
+    else:
+        given = hold_out(VideoIndex.from_folder(options.videos))
+    given.to_csv(folder / "index.csv")
     return VideoIndex.from_csv(folder / "index.csv")
 
 

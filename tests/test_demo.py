@@ -1,0 +1,103 @@
+"""The demo, end to end on real videos: ingest, train, mine, store, evaluate, export, label, report."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from real import real_videos
+
+from cascade_engine.demo.course import run_demo
+from cascade_engine.demo.measuring import RANDOM, RAW, Row, remarks
+from cascade_engine.demo.videos import DemoOptions, hold_out
+from cascade_engine.errors import InvalidInput
+from cascade_engine.store import FeatureStore
+from cascade_engine.training.presets import preset
+from cascade_engine.video.decode import probe
+from cascade_engine.video.index import VideoEntry, VideoIndex
+
+CHANCE_TIMES = 2
+
+
+def windows_of_real_videos(folder: Path) -> Path:
+    """An index in which every video is a class: its first part is for training, the rest for testing."""
+    lines = ["path,label,split,start,end"]
+    for path in real_videos():
+        seconds = probe(path).duration
+        assert seconds, path
+        lines.append(f"{path},{path.stem},train,0,{0.6 * seconds:.3f}")
+        lines.append(f"{path},{path.stem},test,{0.6 * seconds:.3f},")
+    index = folder / "windows.csv"
+    index.write_text("\n".join(lines) + "\n")
+    return index
+
+
+def short(options: DemoOptions) -> DemoOptions:
+    """The same course in a few steps."""
+    config = options.config
+    phases = tuple(replace(phase, epochs=2, mine_from=0.0) for phase in config.phase)
+    return replace(options, config=replace(config, phase=phases), epochs=2)
+
+
+def test_real_videos_in_a_label_out_and_a_second_run_continues(tmp_path):
+    options = short(DemoOptions(folder=tmp_path / "demo", videos=windows_of_real_videos(tmp_path)))
+    told: list[str] = []
+    first = run_demo(options, lambda name, done, total: told.append(name))
+    classes = len(real_videos())
+    assert {row.features for row in first.rows} == {RAW, RANDOM, *(phase.name for phase in options.config.phase)}
+    best = max(row.first for row in first.rows)
+    assert best > CHANCE_TIMES / classes, "the same video from another window is found more often than by chance"
+    assert first.labels.confusion.sum() == classes
+    page = first.report.read_text()
+    assert "http://" not in page
+    assert "https://" not in page
+    assert page.count('class="stage"') > 4
+    with FeatureStore.open(tmp_path / "demo" / "run" / "features.zarr") as store:
+        assert store.phases == tuple(phase.name for phase in options.config.phase)
+    model = first.model.stat().st_mtime_ns
+    told.clear()
+    again = run_demo(options, lambda name, done, total: told.append(name))
+    assert not any(name.startswith(("train", "fine-tune")) for name in told), "nothing is trained twice"
+    assert again.model.stat().st_mtime_ns == model
+    assert again.rows == first.rows
+    assert again.labels.confusion.tolist() == first.labels.confusion.tolist()
+
+
+def test_every_fourth_video_of_a_label_is_held_out():
+    entries = [VideoEntry(path=Path(f"{n}.mp4"), video_id=0, label="ab"[n % 2]) for n in range(8)]
+    split = [entry.split for entry in hold_out(VideoIndex(entries))]
+    assert split == ["train"] * 6 + ["test"] * 2
+
+
+@pytest.mark.parametrize("count", [0, 3])
+def test_too_few_labelled_videos_are_refused(count):
+    entries = [VideoEntry(path=Path(f"{n}.mp4"), video_id=0, label="ab"[n % 2]) for n in range(2 * count)]
+    with pytest.raises(InvalidInput, match="a folder for each label"):
+        hold_out(VideoIndex(entries))
+
+
+def test_an_index_without_a_test_split_is_refused(tmp_path):
+    path = real_videos()[0]
+    (tmp_path / "index.csv").write_text(f"path,label,split\n{path},a,train\n")
+    with pytest.raises(InvalidInput, match="test"):
+        run_demo(DemoOptions(folder=tmp_path / "demo", videos=tmp_path / "index.csv"), lambda *_: None)
+
+
+def test_the_remarks_name_what_the_training_does_not_beat():
+    def row(features: str, first: float) -> Row:
+        return Row(features=features, view="rgb", first=first, fifth=1.0, mining={})
+
+    rows = [row(RAW, 0.7), row(RANDOM, 0.5), row("rgb-0", 0.6), row("rgb-1", 0.6)]
+    said = remarks(rows)
+    assert len(said) == 2
+    assert RAW in said[0]
+    assert "wins against" in said[0]
+    assert "InfoNCE (rgb-0)" in said[1]
+    assert "as good as" in said[1]
+    assert "beats" in remarks([row(RAW, 0.1), row(RANDOM, 0.2), row("rgb-0", 0.3), row("rgb-1", 0.4)])[0]
+
+
+def test_the_demo_trains_with_the_other_view_as_oracle():
+    phases = preset("tiny").phase
+    assert any(phase.cascade() and phase.oracles and phase.train not in phase.oracles for phase in phases)
