@@ -30,7 +30,8 @@ def command(videos: Path | None, folder: Path, seed: int) -> None:
       cascade demo
       cascade demo --videos my_videos/ --folder my_demo
     """
-    from cascade_engine.demo.course import DemoOptions, run_demo
+    from cascade_engine.demo.course import run_demo
+    from cascade_engine.demo.videos import DemoOptions
 
     from .steps import steps
 

@@ -12,7 +12,7 @@ BESIDE = Path(__file__).parents[2] / "shared" / "video"
 
 
 def folder_clips() -> list[Path]:
-    """The clips under ``CASCADE_TEST_VIDEOS`` (by default ../shared/video beside the checkout); none where it is not."""
+    """The clips under ``CASCADE_TEST_VIDEOS`` (by default ../shared/video beside the checkout), or none."""
     folder = Path(os.environ.get("CASCADE_TEST_VIDEOS", BESIDE))
     return sorted(path for path in folder.rglob("*") if path.suffix in {".mkv", ".mp4", ".avi"})
 

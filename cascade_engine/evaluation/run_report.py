@@ -65,17 +65,18 @@ def report_run(run: Run, path: str | Path, config: ReportConfig | None = None) -
         InvalidInput: the run has no finished phase, or no labelled videos in the splits.
         StoreError: its store or cache cannot be read.
     """
-    config = config or ReportConfig()
+    return write_report(path, f"Run {run.config.name}", run_sections(run, config or ReportConfig()))
+
+
+def run_sections(run: Run, config: ReportConfig) -> list[Section]:
+    """The sections of a run's report; raises as `report_run`."""
     if not run.phases:
         raise InvalidInput(f"run: expected a phase that is done, {run.folder} has none")
     plan = config.plan or last_plan(run)
-    sections = [_overview(run), *_curves(run)]
-    sections.append(_retrieval(run, config))
+    sections = [_overview(run), *_curves(run), _retrieval(run, config)]
     if plan is not None:
-        sections.append(_mining(run, plan, config))
-        sections.append(_cascades(run, plan, config))
-    sections.append(_maps(run, config))
-    return write_report(path, f"Run {run.config.name}", sections)
+        sections += [_mining(run, plan, config), _cascades(run, plan, config)]
+    return [*sections, _maps(run, config)]
 
 
 def last_plan(run: Run) -> CascadePlan | None:
