@@ -11,9 +11,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from cascade_engine.evaluation.run_report import ReportConfig, run_sections
-
 from cascade_engine.evaluation.page import write_report
+from cascade_engine.evaluation.run_report import ReportConfig, run_sections
 from cascade_engine.training.run import Run
 
 
