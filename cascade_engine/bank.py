@@ -27,6 +27,38 @@ METRICS: tuple[Metric, ...] = get_args(Metric)
 T = TypeVar("T")
 
 
+class Prepared:
+    """What backends made of a bank's keys for their searches, kept until the keys are overwritten.
+
+    A key queue shares one among its snapshots. Whatever has a method ``update(first, count)`` is brought up to date in
+    place when it is next asked for; anything else is made anew.
+    """
+
+    def __init__(self) -> None:
+        self._made: dict[object, Any] = {}
+        self._overwritten: dict[object, list[tuple[int, int]]] = {}
+        self._lock = threading.Lock()
+
+    def get(self, purpose: object, make: Callable[[], T]) -> T:
+        """What `make` returned for `purpose`, made once and up to date; safe to call from several threads."""
+        with self._lock:
+            for first, count in self._overwritten.pop(purpose, ()):
+                self._made[purpose].update(first, count)
+            if purpose not in self._made:
+                self._made[purpose] = make()
+            found: T = self._made[purpose]
+            return found
+
+    def overwrite(self, first: int, count: int) -> None:
+        """Note that the slots [first, first + count) hold other keys now."""
+        with self._lock:
+            for purpose, made in list(self._made.items()):
+                if hasattr(made, "update"):
+                    self._overwritten.setdefault(purpose, []).append((first, count))
+                else:
+                    del self._made[purpose]
+
+
 class Bank:
     """Keys to search: per view a matrix (K, D_view), with the video each key was cut from.
 
@@ -55,6 +87,7 @@ class Bank:
         metric: Metric = "ip",
         checked: bool = False,
         guard: Callable[[], None] | None = None,
+        prepared: Prepared | None = None,
     ) -> None:
         if not keys:
             raise InvalidInput("keys: expected at least one view, got none")
@@ -84,8 +117,7 @@ class Bank:
         self.clip_id = None if clip_id is None else _ids(clip_id, "clip_id", self.size)
         self.label = label
         self._guard = guard
-        self._prepared: dict[object, Any] = {}
-        self._preparing = threading.Lock()
+        self._prepared = Prepared() if prepared is None else prepared
 
     @property
     def views(self) -> tuple[str, ...]:
@@ -116,11 +148,7 @@ class Bank:
 
     def prepared(self, purpose: object, make: Callable[[], T]) -> T:
         """What `make` returned for `purpose`, made once and kept on the bank; safe to call from several threads."""
-        with self._preparing:
-            if purpose not in self._prepared:
-                self._prepared[purpose] = make()
-            found: T = self._prepared[purpose]
-            return found
+        return self._prepared.get(purpose, make)
 
 
 def _matrix(value: Array, name: str) -> Any:

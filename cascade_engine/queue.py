@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from cascade_engine.bank import Bank, Metric
+from cascade_engine.bank import Bank, Metric, Prepared
 from cascade_engine.errors import InvalidInput, StaleBank
 from cascade_engine.tensor import (
     FEATURE_DTYPES,
@@ -67,6 +67,7 @@ class KeyQueue:
         self._overwritten_at = 0  # value of `pushed` after the last push that reused a slot
         self._device = device
         self._storage: dict[str, Any] = {}
+        self._prepared = Prepared()  # of the full ring, shared by its snapshots and changed in place by a push
 
     def push(
         self,
@@ -104,6 +105,7 @@ class KeyQueue:
         for slots, taken in self._pieces(rows):
             for name, values in batch.items():
                 self._storage[name][slots] = values[taken]
+            self._prepared.overwrite(slots.start, slots.stop - slots.start)
         self.pushed += rows
         if self.filled + rows > self.size:
             self._overwritten_at = self.pushed
@@ -138,6 +140,7 @@ class KeyQueue:
             metric=self.metric,
             checked=True,
             guard=guard,
+            prepared=self._prepared if self.filled == self.size else None,
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -175,6 +178,7 @@ class KeyQueue:
                 values[:] = _assignable(saved[name], values, name)
             self._storage = storage
         self.filled, self.cursor = state["filled"], state["cursor"]
+        self._prepared = Prepared()
         self.pushed = max(self.pushed, state["pushed"]) + 1
         self._overwritten_at = self.pushed
 

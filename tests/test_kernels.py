@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import numpy as np
@@ -207,3 +210,135 @@ def test_denormals_count_whatever_the_caller_set():
 def test_named_backends():
     assert kernels.backend("cpu").unavailable() is None
     assert "threads" in kernels.backend("cpu").detail()
+
+
+@pytest.mark.parametrize("name", ISAS)
+@pytest.mark.parametrize("text", ["a:5", "a:50%,b:25%,a:5", "sum(a,b):50%,b:3"])
+@pytest.mark.parametrize("metric", ["ip", "l2"])
+def test_what_is_prepared_follows_a_queue_in_place(name, text, metric):
+    """Pushes of every size, wrap-around included, longer keys than before, a push larger than the queue."""
+    rng, plan = np.random.default_rng(13), ce.CascadePlan.parse(text)
+    queue = ce.KeyQueue(size=640, dims={"a": 24, "b": 17}, metric=metric)
+    queries = {"a": FAMILIES["separated"](rng, 20, 24), "b": FAMILIES["separated"](rng, 20, 17)}
+    with isa(name):
+        held = None
+        for step, rows in enumerate((640, 1, 33, 640, 300, 500, 7, 1000, 64)):
+            scale = np.float32(30 if step == 4 else 1)
+            keys = {"a": scale * FAMILIES["separated"](rng, rows, 24), "b": FAMILIES["separated"](rng, rows, 17)}
+            queue.push(keys, video_id=rng.integers(0, 30, rows))
+            bank, exclude = queue.bank(), rng.integers(0, 30, 20)
+            found = ce.mine(plan, queries, bank, exclude, backend="cpu")
+            want = ce.mine(plan, queries, bank, exclude, backend="reference")
+            np.testing.assert_array_equal(found.index, want.index)
+            np.testing.assert_array_equal(found.similarity, want.similarity)
+            now = bank.prepared(("cpu", name), lambda: None)
+            assert now is not None
+            assert held is None or held is now, "prepared anew instead of in place"
+            held = now
+
+
+@pytest.mark.parametrize("text", ["a:9", "a:50%,b:25%,a:5"])
+def test_answers_do_not_depend_on_threads_or_batch_splits(text):
+    torch = pytest.importorskip("torch")
+    rng, plan = np.random.default_rng(17), ce.CascadePlan.parse(text)
+    keys = {view: FAMILIES["near_tie"](rng, 3000, 40) for view in "ab"}
+    queries = {view: FAMILIES["separated"](rng, 61, 40) for view in "ab"}
+    bank, before = ce.Bank(keys), torch.get_num_threads()
+    whole = ce.mine(plan, queries, bank, backend="cpu")
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            again = ce.mine(plan, queries, bank, backend="cpu")
+            np.testing.assert_array_equal(again.index, whole.index)
+            np.testing.assert_array_equal(again.similarity, whole.similarity)
+    finally:
+        torch.set_num_threads(before)
+    for rows in (1, 7, 40):
+        for first in range(0, 61, rows):
+            part = {view: q[first : first + rows] for view, q in queries.items()}
+            again = ce.mine(plan, part, bank, backend="cpu")
+            np.testing.assert_array_equal(again.index, whole.index[first : first + rows])
+
+
+def _run(code: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    setup = """
+import os, signal, threading, numpy as np
+import cascade_engine as ce
+rng = np.random.default_rng(0)
+def problem(keys, batch, dim=32):
+    keys, queries = rng.standard_normal((keys, dim), np.float32), rng.standard_normal((batch, dim), np.float32)
+    return ce.Bank({"a": keys}), {"a": queries}
+"""
+    return subprocess.run(
+        [sys.executable, "-P", "-c", setup + code],
+        env=os.environ | variables,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_a_forked_child_mines_too():
+    done = _run(
+        """
+plan = ce.CascadePlan.parse("a:5"); bank, queries = problem(4000, 64)
+want = ce.mine(plan, queries, bank, backend="cpu").index
+child = os.fork()
+if child == 0:
+    same = (ce.mine(plan, queries, bank, backend="cpu").index == want).all()
+    os._exit(0 if same else 1)
+print("child", os.waitpid(child, 0)[1])
+""",
+        OMP_NUM_THREADS="2",
+    )
+    assert done.stdout.strip() == "child 0", done.stderr
+
+
+def test_an_interrupt_ends_a_long_call():
+    done = _run(
+        """
+import time
+plan = ce.CascadePlan.parse("rrf(a,b):100%")
+bank = ce.Bank({v: rng.standard_normal((60000, 64), np.float32) for v in "ab"})
+queries = {v: rng.standard_normal((3000, 64), np.float32) for v in "ab"}
+threading.Timer(1.0, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+start = time.monotonic()
+try:
+    ce.mine(plan, queries, bank, backend="cpu")
+    print("finished")
+except KeyboardInterrupt:
+    print("interrupted", time.monotonic() - start < 60)
+found = ce.mine(ce.CascadePlan.parse("a:1"), {"a": queries["a"][:3]}, bank, backend="cpu")
+print(found.index.shape)
+""",
+        OMP_NUM_THREADS="2",
+    )
+    assert done.stdout.split("\n")[:2] == ["interrupted True", "(3, 1)"], done.stdout + done.stderr
+
+
+def test_two_threads_mine_at_once():
+    rng, plan = np.random.default_rng(19), ce.CascadePlan.parse("a:50%,a:5")
+    bank = ce.Bank({"a": FAMILIES["separated"](rng, 3000, 32)})
+    queries = [{"a": FAMILIES["separated"](rng, 40, 32)} for _ in range(2)]
+    want = [ce.mine(plan, each, bank, backend="reference").index for each in queries]
+    with ThreadPoolExecutor(2) as pool:
+        tasks = [(i % 2, pool.submit(ce.mine, plan, queries[i % 2], bank, backend="cpu")) for i in range(30)]
+        for which, task in tasks:
+            np.testing.assert_array_equal(task.result().index, want[which])
+
+
+@pytest.mark.parametrize("name", ISAS)
+@pytest.mark.parametrize("family", ["outlier", "scales", "near_tie", "common_mean"])
+@pytest.mark.parametrize("text", ["a:9", "a:40%,a:9"])
+def test_extreme_widths(name, family, text):
+    plan = ce.CascadePlan.parse(text)
+    for dim in (1, 4096):
+        rng = np.random.default_rng(23)
+        bank = ce.Bank({"a": FAMILIES[family](rng, 700, dim)})
+        queries = {"a": FAMILIES[family](rng, 16, dim)}
+        want = ce.mine(plan, queries, bank, backend="reference")
+        with isa(name):
+            found = ce.mine(plan, queries, bank, backend="cpu")
+        np.testing.assert_array_equal(found.index, want.index)
+        np.testing.assert_array_equal(found.similarity, want.similarity)

@@ -9,9 +9,10 @@
 namespace cascade::cpu {
 namespace {
 
-constexpr int64_t small_bank = 512;        // keys: below, scoring exactly costs less than bounds do
-constexpr int64_t packing_pays_from = 16;  // queries: packing costs about as much as scoring so many exactly
-constexpr int64_t few_of_many = 16;        // a stage that keeps at most 1 in 16 is worth 8-bit scores
+constexpr int64_t small_bank = 512;            // keys: below, scoring exactly costs less than bounds do
+constexpr int64_t packing_pays_from = 16;      // queries: packing costs about as much as scoring so many exactly
+constexpr int64_t turns_before_learning = 16;  // of a queue: features drift in training, and with them their mean
+constexpr int64_t few_of_many = 16;            // a stage that keeps at most 1 in 16 is worth 8-bit scores
 
 // Each part takes a run of consecutive queries.
 template <class Work>
@@ -76,6 +77,12 @@ void Bank::update(int64_t first, int64_t count) {
         widen_row(views_[view], row, key);
         kernels_->dots(key.data(), views_[view], nullptr, row, 1, &squared_norms_[view][row]);
       }
+  }
+  overwritten_ += count;
+  if (overwritten_ > turns_before_learning * size()) {
+    overwritten_ = 0;
+    packed16_.clear();
+    packed8_.clear();
   }
   for (auto& [views, packed] : packed16_)
     if (packed && !packed->update(first, count)) packed.reset();  // made anew when next needed

@@ -54,6 +54,7 @@ class Bank {
   std::map<std::vector<int32_t>, std::unique_ptr<Packed8>> packed8_;
   std::unique_ptr<VideoIndex> videos_;
   int64_t asked_ = 0;
+  int64_t overwritten_ = 0;  // keys since the packed views learned their means and scales
 };
 
 // Where a call writes. Rows short of candidates end in -1 and -infinity.
