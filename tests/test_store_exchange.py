@@ -58,7 +58,7 @@ def test_extractors_write_side_by_side_and_one_commit_takes_all(path):
     assert [os.waitpid(pid, 0)[1] for pid in pids] == [0, 0, 0]
     assert len(staging.staged(path)) == 3
     with ce.FeatureStore.open(path, mode="a") as store:
-        assert staging.merge(store) == 300
+        assert store.merge() == 300
         assert store.commit == before + 1
         assert store.log()[-1].kind == "merge"
         assert (
@@ -116,7 +116,7 @@ def served(tmp_path):
     server.server_close()
 
 
-def test_a_sealed_phase_is_published_and_read_from_afar(path, tmp_path, served):
+def test_a_sealed_phase_is_published_and_read_from_afar(path, tmp_path, served, monkeypatch):
     folder, url = served
     store = ce.FeatureStore.open(path, mode="a")
     with pytest.raises(StoreError, match="seal it first"):
@@ -132,6 +132,11 @@ def test_a_sealed_phase_is_published_and_read_from_afar(path, tmp_path, served):
     again = []
     publishing.fetch(f"{url}/s", cache=tmp_path / "cache", progress=again.append)
     assert again == [], "the cache serves the second reader"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    same(everything(ce.FeatureStore.open(f"{url}/s")), everything(store))
+    assert (tmp_path / "home" / "cascade_engine").is_dir()
+    with pytest.raises(StoreError, match="can only be read"):
+        ce.FeatureStore.open(f"{url}/s", mode="a")
     plain = zarr.open_group(str(folder / "s" / "phases" / "main"), mode="r")
     assert np.array_equal(plain["rgb"][:], store.features("rgb"))
     other = store.like(tmp_path / "other")
@@ -256,5 +261,7 @@ def test_exports_hold_the_rows(path, tmp_path):
         data = xarray.open_zarr(str(tmp_path / codec), consolidated=False)
         assert np.array_equal(data["rgb"].values, store.features("rgb")[:100])
         assert np.array_equal(data["start"].values, store.column("start")[:100])
+    store.archive(tmp_path / "all")
+    assert zarr.open_group(tmp_path / "all", mode="r")["rgb"].shape == (220, 16)
     with pytest.raises(InvalidInput, match="codec: expected one of"):
-        exchanging.archive(store, tmp_path / "no", "lzma")
+        store.archive(tmp_path / "no", "lzma")

@@ -115,7 +115,7 @@ class FeatureStore:
         """Open a store to read it, or to append to one phase.
 
         Args:
-            path: the store's folder.
+            path: the store's folder, or the URL of a published one, which is read through a local cache.
             mode: ``"r"``, or ``"a"``, which takes the phase's lock.
             phase: the phase that calls without one refer to; the store's first by default.
             durability: of a writer's commits; see `create`.
@@ -131,9 +131,11 @@ class FeatureStore:
             raise InvalidInput(f"mode: expected 'r' or 'a', got {mode!r}")
         if durability not in DURABILITIES:
             raise InvalidInput(f"durability: expected one of {', '.join(DURABILITIES)}, got {durability!r}")
+        if "://" in os.fspath(path):
+            return _from_afar(os.fspath(path), mode, phase)
         root = Path(path)
-        name = phase or read_root(root)
-        read_root(root)
+        default = read_root(root)
+        name = phase or default
         folder = root / "phases" / check_phase(name)
         record = read_record(folder)
         if mode == "r":
@@ -380,6 +382,20 @@ class FeatureStore:
             self._dictionaries[name] = dictionary
         self._moved(self._at(None).clips)
 
+    def merge(self, groups: Sequence[str | os.PathLike[str]] | None = None, *, keep: bool = False) -> int:
+        """Take staging groups into the current phase in one commit; see `cascade_engine.store.staging.merge`."""
+        from cascade_engine.store import staging
+
+        return staging.merge(self, groups, keep=keep)
+
+    def archive(
+        self, target: str | os.PathLike[str], codec: str = "zstd", *, phase: str | None = None
+    ) -> tuple[int, int]:
+        """Write a phase as compressed plain Zarr; see `cascade_engine.store.exchanging.archive`."""
+        from cascade_engine.store import exchanging
+
+        return exchanging.archive(self, Path(target), codec, phase=phase)
+
     def flush(self) -> None:
         """Publish what ``durability="group"`` has gathered."""
         writer = self._writing()
@@ -596,6 +612,14 @@ class FeatureStore:
         if self._writer is not None and self._at(None).record is not self._writer.record:
             self._snapshots[self.phase] = Phase(self.path / "phases" / self.phase, self._writer.record)
             self._snapshots[self.phase].clips = index
+
+
+def _from_afar(url: str, mode: str, phase: str | None) -> FeatureStore:
+    from cascade_engine.store import publishing
+
+    if mode != "r":
+        raise StoreError(f"{url}: a published store can only be read")
+    return publishing.fetch(url, phase=phase)
 
 
 def _require_new(index: ClipIndex, batch: Batch) -> None:
