@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -100,6 +101,14 @@ def test_paired_differences_are_taken_seed_by_seed():
     }
     line = next(line for line in training_report.table({"seeds": rows}).splitlines() if line.startswith("| CPR"))
     assert "1.0 ± 3.6, above in 2 of 3" in line
+    assert "not measured" in training_report.views_table({"seeds": rows})
+
+
+def test_the_committed_results_render():
+    folder = Path(training_report.__file__).parent / "results"
+    results = json.loads((folder / "training.json").read_text())
+    for name in ("InfoNCE", "CoCLR", "CPR"):
+        assert f"| {name} | {len(results['seeds'])} |" in training_report.table(results)
 
 
 def test_the_views_worth_is_measured_before_training(results):
