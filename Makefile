@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: help demo test test-full lint format wheel install bench clean
+.PHONY: help demo test test-full lint tidy format wheel install bench clean
 
 help:  ## What the targets do
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -13,10 +13,10 @@ demo: install  ## Run the whole method once, thinly: video in, label out (about 
 	$(BIN)/cascade demo
 
 test: install  ## What CI runs: fast checks of everything
-	$(BIN)/pytest -m "not full" -n $(WORKERS) $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not full" -n $(WORKERS) $(PYTEST_ARGS)
 
 test-full: install  ## Everything, long kill loops, sanitizers and all architectures included
-	$(BIN)/pytest -n $(WORKERS) --cov --cov-report=term:skip-covered $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --cov --cov-report=term:skip-covered $(PYTEST_ARGS)
 
 lint: $(VENV)/ready  ## Style, types, import directions
 	$(BIN)/ruff check .
@@ -26,6 +26,9 @@ lint: $(VENV)/ready  ## Style, types, import directions
 	cp -rs $(CURDIR)/cli $(CURDIR)/benchmarks build/tree/cascade_engine/
 	$(BIN)/python -m mypy build/tree/cascade_engine
 	cd build/tree && $(CURDIR)/$(BIN)/lint-imports --config $(CURDIR)/pyproject.toml --no-cache --no-logo 2>/dev/null
+
+tidy: wheel  ## clang-tidy over the C++ sources; slower than lint
+	$(BIN)/clang-tidy --quiet -p $$(ls -d build/cp*) $$(git ls-files 'csrc/core/*.cpp' 'csrc/cpu/*.cpp' 'csrc/python/cpu*.cpp' | grep -v neon)
 
 format: $(VENV)/ready  ## Rewrite the sources in the house's format
 	$(BIN)/ruff check --fix .
@@ -38,8 +41,8 @@ wheel: $(VENV)/ready  ## Build the wheel into dist/
 install: wheel  ## Install the wheel just built into the virtual environment
 	$(BIN)/pip install -q --no-deps --force-reinstall dist/cascade_engine-*.whl
 
-bench: install  ## Mining, store and training benchmarks, as the README quotes them
-	$(BIN)/cascade bench --help
+bench: install  ## The mining benchmark that README quotes; `cascade bench` lists the others
+	$(BIN)/cascade bench mining
 
 clean:  ## Remove what the targets made, the virtual environment aside
 	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache
