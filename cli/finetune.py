@@ -16,6 +16,7 @@ import click
 @click.option("--epochs", default=20, show_default=True, type=click.IntRange(1))
 @click.option("--batch", default=32, show_default=True, type=click.IntRange(1), help="Clips per step.")
 @click.option("--lr", type=float, help="Highest learning rate; by default 1e-3 for all layers, 1e-2 for the head.")
+@click.option("--area", default=0.8, show_default=True, help="Smallest share of a picture that a crop shows.")
 @click.option("--crops", default="1", show_default=True, type=click.Choice(["1", "2", "5", "10"]), help="Of the test.")
 @click.option(
     "--with", "others", multiple=True, type=click.Path(path_type=Path), help="A fine-tuned folder to average."
@@ -33,6 +34,7 @@ def command(
     epochs: int,
     batch: int,
     lr: float | None,
+    area: float,
     crops: str,
     others: tuple[Path, ...],
     seed: int,
@@ -68,6 +70,7 @@ def command(
         epochs=epochs,
         batch=batch,
         lr=lr,
+        area=area,
         seed=seed,
         train_split=train_split,
         test_split=test_split,

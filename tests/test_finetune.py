@@ -133,6 +133,8 @@ def test_what_does_not_fit_together_is_refused(run, tuned, tmp_path):
         assemble([tmp_path / "a"], phase="first")
     with pytest.raises(InvalidInput, match="two or more labels in 'nowhere'"):
         finetune(run, FinetuneConfig(view="rgb", train_split="nowhere"))
+    with pytest.raises(InvalidInput, match=r"the area within \(0, 1\]"):
+        finetune(run, FinetuneConfig(view="rgb", area=0.0, epochs=1))
     with pytest.raises(InvalidInput, match="epochs and batch of at least 1"):
         FinetuneConfig(view="rgb", epochs=0)
     with pytest.raises(InvalidInput, match="expected a run's folder"):

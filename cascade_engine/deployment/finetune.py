@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TypeAlias
 
 import numpy as np
@@ -25,8 +26,9 @@ Progress: TypeAlias = Callable[[int, dict[str, float]], None]
 def finetune(run: Run, config: FinetuneConfig, *, progress: Progress | None = None) -> FineTuned:
     """Train a classifier on a run's encoder.
 
-    One random clip of each training video an epoch, varied as in training. The epoch whose validation accuracy is
-    best is kept (the earlier of equals); validation videos are cut from the training split, test videos are not read.
+    One random clip of each training video an epoch, varied as in training but in larger crops. The epoch whose
+    validation accuracy is best is kept (the earlier of equals); validation videos are cut from the training split,
+    test videos are not read.
 
     Args:
         run: the run.
@@ -83,7 +85,7 @@ class _Learner:
         self.windows, self.config, self.stream = windows, config, stream
         self.row_of, first = np.unique(windows.table.row[rows], return_index=True)
         self.label = torch.from_numpy(windows.numbers(rows[first]))
-        self.augment = augmentation(windows.run.config)
+        self.augment = replace(augmentation(windows.run.config), area=(config.area, 1.0))
         assert stream.classifier is not None, "made with the labels' number of classes"
         chosen = stream.parameters() if config.layers == "all" else stream.classifier.parameters()
         self.optimiser = torch.optim.AdamW(chosen, lr=config.rate, weight_decay=config.weight_decay)

@@ -29,6 +29,7 @@ class FinetuneConfig:
         batch: clips.
         lr: highest learning rate, then a cosine to zero; None is 1e-3 for all layers and 1e-2 for the head.
         weight_decay: of AdamW.
+        area: smallest share of the picture that a training crop shows; labels ask for more of it than contrast does.
         validation: share of each class's training videos that chooses the epoch.
         crops: of the test; see `Classifier`.
         seed: of every draw.
@@ -46,6 +47,7 @@ class FinetuneConfig:
     batch: int = 32
     lr: float | None = None
     weight_decay: float = 1e-4
+    area: float = 0.8
     validation: float = 0.15
     crops: Crops = 1
     seed: int = 0
