@@ -33,11 +33,12 @@ COUNTERS = (
 
 
 @cache
-def emulated(flags: tuple[str, ...] = ("-O2",)) -> ModuleType:
+def emulated() -> ModuleType:
     """`cascade_engine._cuda`'s twin, built once per state of the sources and kept in build/emulation.
 
-    plant_bugs.py points ``CASCADE_EMULATED_CSRC`` to sources with a bug.
+    plant_bugs.py points ``CASCADE_EMULATED_CSRC`` to sources with a bug; ``CASCADE_EMULATED_FLAGS`` adds sanitizers.
     """
+    flags = tuple(os.environ.get("CASCADE_EMULATED_FLAGS", "-O2").split())
     csrc = Path(os.environ.get("CASCADE_EMULATED_CSRC", ROOT / "csrc"))
     pybind11 = pytest.importorskip("pybind11", reason="the emulation is bound with pybind11")
     compiler = shutil.which("g++") or pytest.skip("the emulation needs g++")
@@ -124,12 +125,27 @@ def mine(
 ) -> Selection:
     """One mining request through kernels/cuda.py and the emulated kernels."""
     bank = ce.Bank({view: tensor(x) for view, x in keys.items()}, tensor(video), metric=metric)
+    exclude = Exclusion(video_id=tensor(query_video), mask=tensor(mask))
+    return mine_bank(native, plan, queries, bank, exclude, trace=trace, **limits)
+
+
+def mine_bank(
+    native: ModuleType,
+    plan: ce.CascadePlan,
+    queries: dict[str, np.ndarray],
+    bank: ce.Bank,
+    exclude: Exclusion | None = None,
+    *,
+    trace: bool = False,
+    **limits: int,
+) -> Selection:
+    """The same for a bank of torch tensors, which keeps what is prepared for it."""
     request = MineRequest(
         plan=plan,
         counts=plan.counts(bank.size),
         queries={view: tensor(x) for view, x in queries.items()},
         bank=bank,
-        exclude=Exclusion(video_id=tensor(query_video), mask=tensor(mask)),
+        exclude=exclude or Exclusion(),
         trace=trace,
     )
     return Engine(native, **limits).mine(request)

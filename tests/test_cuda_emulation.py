@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import emulated
 import numpy as np
 import oracle
@@ -9,7 +13,7 @@ import pytest
 from inputs import DTYPES, FAMILIES
 
 import cascade_engine as ce
-from cascade_engine.errors import BackendUnavailable
+from cascade_engine.errors import BackendUnavailable, InvalidInput
 
 SCHEDULES = {"forward": 0, "reversed": 1, "random": 7}
 PLANS = (
@@ -99,11 +103,17 @@ def aligned(rng: np.random.Generator, rows: int, dim: int) -> np.ndarray:
     return np.repeat(1 + 1e-3 * rng.random((rows, 1)), dim, axis=1).astype(np.float32)
 
 
+def exact_halves(rng: np.random.Generator, rows: int, dim: int) -> np.ndarray:
+    """Numbers that halves hold exactly, sums close together: only the tensor cores' own error is left to bound."""
+    return (1 + rng.integers(0, 8, (rows, dim)) / 1024).astype(np.float32)
+
+
 # plan, B, K, D, family, split_keys
 REGIMES = {
     "several query tiles": ("a:50%,b:25%,a:5", 70, 300, 40, FAMILIES["separated"], 1 << 15),
     "aligned errors": ("a:50%,b:25%,a:12%,b:5", 3, 900, 64, aligned, 1 << 15),
     "aligned, fused": ("sum(a,b):50%,min(a,b):25%,max(a,b):12%,sum(b,a):5", 3, 900, 64, aligned, 1 << 15),
+    "exact halves": ("a:50%,a:25%,a:5", 2, 600, 512, exact_halves, 1 << 15),
     "near ties": ("a:50%,b:25%,a:9", 3, 1500, 48, FAMILIES["near_tie"], 1 << 15),
     "more ties than a block holds": ("a:60%,b:40%,a:7", 2, 2600, 17, FAMILIES["constant"], 1 << 15),
     "narrow tiles": ("a:50%,b:5", 20, 200, 600, FAMILIES["separated"], 1 << 15),
@@ -142,6 +152,21 @@ def test_emulated_mine_under_many_schedules(native, seed):
         check_problem(native, 100_000 + 100 * seed + problem, trace=problem % 3 == 0, most_keys=150)
 
 
+@pytest.mark.full
+@pytest.mark.timeout(1800)
+def test_emulated_kernels_touch_no_memory_but_their_own():
+    asan = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True).stdout
+    environment = os.environ | {
+        "LD_PRELOAD": asan.strip(),
+        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
+        "CASCADE_EMULATED_FLAGS": "-O1 -fsanitize=address",
+    }
+    chosen = "equals_the_oracle or every_kind_of_plan or every_regime"
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-m", "not full", "-k", chosen, __file__]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
 @pytest.mark.parametrize("kind", ["float32", "float64"])
 def test_emulated_select_equals_the_oracle(native, kind):
     rng = np.random.default_rng(3)
@@ -170,4 +195,18 @@ def test_emulated_backend_refuses_what_a_launch_cannot_carry(native):
     emulated.reset_counters(native)
     with pytest.raises(BackendUnavailable, match="at most 8 views and 32 stages, got 1 and 33"):
         emulated.mine(native, ce.CascadePlan.parse(",".join(["a:2"] * 33)), x, x)
+    with pytest.raises(InvalidInput, match=r'queries."a".: expected float32, float16 or bfloat16, got float64'):
+        emulated.mine(native, ce.CascadePlan.parse("a:2"), {"a": x["a"].astype(np.float64)}, x)
     assert emulated.counters(native)["launches"] == 0
+
+
+@pytest.mark.parametrize(("split_keys", "launches"), [(1 << 15, 2), (50, 3)])
+def test_emulated_mine_takes_few_launches(native, split_keys, launches):
+    rng = np.random.default_rng(0)
+    bank = ce.Bank({v: emulated.tensor(rng.standard_normal((300, 40)).astype(np.float32)) for v in ("a", "b")})
+    queries = {v: rng.standard_normal((5, 40)).astype(np.float32) for v in ("a", "b")}
+    plan = ce.CascadePlan.parse("a:20,b:10,a:5")
+    emulated.mine_bank(native, plan, queries, bank, split_keys=split_keys)  # prepares the bank
+    emulated.reset_counters(native)
+    emulated.mine_bank(native, plan, queries, bank, split_keys=split_keys)
+    assert emulated.counters(native)["launches"] == launches

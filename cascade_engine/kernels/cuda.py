@@ -12,10 +12,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from cascade_engine.bank import METRICS, Bank
-from cascade_engine.errors import BackendUnavailable, CudaError
+from cascade_engine.errors import BackendUnavailable, CudaError, InvalidInput
 from cascade_engine.kernels import MineRequest, Selection, SelectRequest
 from cascade_engine.plan import FUSIONS, CascadePlan
-from cascade_engine.tensor import dtype_name
+from cascade_engine.tensor import FEATURE_DTYPES, dtype_name
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -73,10 +73,15 @@ class Engine:
         """Rank the bank's keys and select.
 
         Raises:
+            InvalidInput: queries of another type than float32, float16 or bfloat16.
             BackendUnavailable: the plan has more views or stages than a launch can carry; nothing was launched.
             CudaError: a launch failed.
         """
         bank, views = request.bank, request.plan.views
+        for view in views:
+            if dtype_name(request.queries[view]) not in FEATURE_DTYPES:
+                got = dtype_name(request.queries[view])
+                raise InvalidInput(f'queries["{view}"]: expected float32, float16 or bfloat16, got {got}')
         queries = [_rows(request.queries[view]) for view in views]
         keys = [_rows(bank.keys[view]) for view in views]
         stages = self._stages(request.plan, request.counts)
