@@ -59,8 +59,8 @@ def command(
 ) -> None:
     """Positives compared on MovingDigits: own key, CoCLR, CPR, fusions, labels.
 
-    One small net, one budget, several seeds; mining precision, retrieval and linear probe, mean and spread. It draws
-    the videos first (two minutes, kept for the next time), then takes about three minutes a seed.
+    One small net, one budget, several seeds; mining precision, retrieval and linear probe, mean and spread. Videos
+    and features are made first, in minutes, and kept; then all methods of a seed take about five minutes of one core.
 
     \b
     Examples:
