@@ -99,9 +99,9 @@ def _overview(run: Run) -> Section:
     ]
     model, clip = run.config.model, run.config.clip
     told = (
-        f"{model.encoder}, {model.dim} dimensions; clips of {clip.frames} frames, every {clip.stride}., "
+        f"{model.encoder}, {model.dim} dimensions; clips of {clip.frames} frames {clip.stride} apart, "
         f"{clip.size} x {clip.size}; seed {run.config.seed}."
-    ).replace("every 1.,", "one after the other,")
+    )
     return Section(title="Phases", body=paragraph(told) + table(rows))
 
 
