@@ -76,7 +76,6 @@ def _train(config: TrainConfig, *, resume: bool, dry_run: bool) -> None:
     from rich.console import Console
     from rich.logging import RichHandler
 
-    from cascade_engine.training.data import open_cache
     from cascade_engine.training.loop import train
 
     console = Console(stderr=True, quiet=os.environ.get("RANK", "0") != "0")
@@ -90,7 +89,7 @@ def _train(config: TrainConfig, *, resume: bool, dry_run: bool) -> None:
     cache = _prepared(config, console) if alone and config.data.source else None
     line = _Line(config, console)
     with line:
-        run = train(config, resume=resume, cache=cache or (open_cache(config) if alone else None), report=line)
+        run = train(config, resume=resume, cache=cache, report=line)
     console.print(f"done: {run.folder}; features of phases {', '.join(run.phases)} in {run.store_path}")
 
 

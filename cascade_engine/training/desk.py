@@ -135,7 +135,7 @@ class Desk:
             self._write(state, ended=ended)
         if not last and (stop or _due(state, output.checkpoint_every)):
             self.save(state)
-        if stop:
+        if stop and not last:  # after the last step the phase is kept; the next one stops at once
             raise KeyboardInterrupt
 
     def save(self, state: PhaseState) -> None:

@@ -14,7 +14,7 @@ from cascade_engine.training.config import OutputConfig
 log = logging.getLogger(__name__)
 
 COLUMNS = (
-    *("step", "phase", "epoch", "loss", "lr", "filled", "mined", "clips_per_second", "mining_share"),
+    *("step", "phase", "epoch", "loss", "lr", "filled", "clips_per_second", "mining_share"),
     *("precision", "recall_at_1", "class_recall_video", "class_recall_group", "coverage", "hubness"),
     *("agreement", "plan_precision", "best_view_precision"),
 )
