@@ -35,6 +35,12 @@ struct Candidates {
   int64_t room() const { return static_cast<int64_t>(upper.size()); }
 };
 
+// A thread's lists outlive the call: their first touch would cost a small bank's search as much as its tiles do.
+std::vector<Candidates>& kept_lists() {
+  thread_local std::vector<Candidates> lists;
+  return lists;
+}
+
 class Stream {
  public:
   Stream(const MineCall& call, const Packed8& packed)
@@ -94,7 +100,8 @@ class Stream {
       margin_[i] = query.margin;
       least_[i] = lowest;
       found_[i].size = 0;
-      if (found_[i].room() == 0) found_[i].reserve(std::max<int64_t>(1024, 4 * keep_ + 512));
+      const int64_t room = std::max<int64_t>(1024, 4 * keep_ + 512);
+      if (found_[i].room() < room) found_[i].reserve(room);
     }
   }
 
@@ -267,7 +274,7 @@ class Stream {
   std::vector<int8_t> bytes_;
   std::vector<int32_t> start_;
   std::vector<float> beta_, margin_, theta_, least_;
-  std::vector<Candidates> found_;
+  std::vector<Candidates>& found_ = kept_lists();
   std::vector<int64_t> alive_;
   Buffer<float> sample_upper_, sample_lower_;
   alignas(64) float upper_[queries8 * lanes8];
