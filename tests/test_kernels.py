@@ -302,6 +302,7 @@ import time
 plan = ce.CascadePlan.parse("rrf(a,b):100%")
 bank = ce.Bank({v: rng.standard_normal((60000, 64), np.float32) for v in "ab"})
 queries = {v: rng.standard_normal((3000, 64), np.float32) for v in "ab"}
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is born ignoring it
 threading.Timer(1.0, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
 start = time.monotonic()
 try:

@@ -152,7 +152,7 @@ PYBIND11_MODULE(CASCADE_CUDA_MODULE, module) {
   module.def("pack", &python::pack, py::kw_only(), py::arg("keys"), py::arg("packed"), py::arg("metric"),
              py::arg("first"), py::arg("rows"), py::arg("measure"), py::arg("stream"));
   const auto release = py::call_guard<py::gil_scoped_release>();
-  py::class_<cuda::MineProblem>(module, "Mine")
+  py::class_<cuda::MineProblem>(module, "Mine", py::module_local())
       .def(py::init(&python::mine_problem), py::kw_only(), py::arg("stages"), py::arg("queries"), py::arg("keys"),
            py::arg("packed"), py::arg("metric"), py::arg("key_video"), py::arg("query_video"), py::arg("mask"),
            py::arg("index"), py::arg("similarity"), py::arg("kept"), py::arg("workspace_limit"), py::arg("split_keys"))
@@ -163,7 +163,7 @@ PYBIND11_MODULE(CASCADE_CUDA_MODULE, module) {
             cuda::mine(problem, python::pointer<void>(workspace), python::pointer<void>(stream));
           },
           py::arg("workspace"), py::arg("stream"), release);
-  py::class_<cuda::SelectProblem>(module, "Select")
+  py::class_<cuda::SelectProblem>(module, "Select", py::module_local())
       .def(py::init(&python::select_problem), py::kw_only(), py::arg("stages"), py::arg("scores"), py::arg("mask"),
            py::arg("index"), py::arg("similarity"), py::arg("kept"), py::arg("workspace_limit"))
       .def("workspace", &cuda::select_workspace)
