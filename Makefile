@@ -9,7 +9,7 @@ WORKERS ?= 2
 help:  ## What the targets do
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: install  ## Run the whole method once, thinly: video in, label out (about 10 minutes)
+demo: install  ## Run the whole method once, thinly: video in, label out (minutes, once installed)
 	$(BIN)/cascade demo
 
 test: install  ## What CI runs: fast checks of everything

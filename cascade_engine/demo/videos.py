@@ -32,7 +32,7 @@ class DemoOptions:
     folder: Path
     videos: Path | None = None
     seed: int = 0
-    epochs: int = 15
+    epochs: int = 30
     config: TrainConfig = field(default_factory=lambda: preset("tiny"))
 
     def course(self) -> TrainConfig:

@@ -34,7 +34,7 @@ ACTIONS = (
     *("kick", "punch", "roll", "run", "spin", "spinkick", "walk"),
 )
 FPS = 25
-_FORMAT = 1  # of what is drawn: changes whenever the same seed gives other pictures
+_FORMAT = 2  # of what is drawn: changes whenever the same seed gives other pictures
 
 Progress: TypeAlias = Callable[[int, int, Path], None]  # videos done, videos in all, the video just done
 

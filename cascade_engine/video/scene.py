@@ -105,9 +105,9 @@ class Camera:
         """A camera and light of their own for one video."""
         around = rng.uniform(0, 2 * math.pi)
         return cls(
-            yaw=rng.uniform(0, 360),
+            yaw=rng.uniform(15, 85),  # from one side: seen from all around, 15 videos of a class have little in common
             turning=rng.uniform(-12, 12),
-            pitch=rng.uniform(-25, 0),
+            pitch=rng.uniform(-18, 0),
             distance=rng.uniform(2.2, 3.2),
             height=rng.uniform(0.7, 0.95),
             aspect=rng.uniform(0.85, 1.15),
