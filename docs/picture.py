@@ -32,7 +32,7 @@ def main(run: str, picture: str, query: int = 0) -> None:
             "--hide-scrollbars",
             f"--user-data-dir={folder}/profile",
         ]
-        shot = [f"--screenshot={Path(picture).absolute()}", "--window-size=1160,960", page.as_uri()]
+        shot = [f"--screenshot={Path(picture).absolute()}", "--window-size=1160,1200", page.as_uri()]
         subprocess.run([browser, *options, *shot], check=True, capture_output=True)
 
 
