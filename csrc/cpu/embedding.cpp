@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <bit>
 #include <cmath>
+#include <utility>
 
 #include "cpu/exact.hpp"
 
@@ -78,7 +79,7 @@ void Embedding::learn(Side& side) const {
     after += squared(row);
   });
   constexpr double worth_it = 0.9;
-  if (after < worth_it * before) side.centre = mean;
+  if (after < worth_it * before) side.centre = std::move(mean);
   const double rest = std::min(before, after) / count;
   side.width = rest > 0 ? std::sqrt(rest) : 1;
   side.height = rest / 2;

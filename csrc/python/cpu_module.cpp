@@ -64,6 +64,7 @@ class HeldBank {
   cpu::Bank make(const std::vector<std::pair<py::object, bool>>& views, const py::object& video_id, int metric,
                  const std::string& isa) {
     std::vector<Matrix> matrices;
+    matrices.reserve(views.size());
     for (const auto& [array, bfloat16] : views) matrices.push_back(held_.emplace_back(array).matrix(bfloat16));
     for (const Matrix& matrix : matrices)
       if (matrix.rows != matrices.front().rows || matrix.dtype == DType::float64)
@@ -159,6 +160,7 @@ py::tuple select(const Plan& plan, const std::vector<py::object>& similarities, 
   std::vector<Imported> arrays;
   arrays.reserve(similarities.size() + 1);
   std::vector<Matrix> matrices;
+  matrices.reserve(similarities.size());
   for (const py::object& each : similarities) matrices.push_back(arrays.emplace_back(each).matrix(false));
   if (matrices.empty() || plan.views() > static_cast<int32_t>(matrices.size()))
     throw py::value_error("expected similarities for every view of the plan");
