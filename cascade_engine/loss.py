@@ -80,7 +80,8 @@ def multi_positive_nce(
         scored = query.to(wide)
         own = (scored * key.to(wide)).sum(1) / temperature
         may_stay = self_positive != "never"
-        options = (temperature, may_stay, siblings == "ignore", reduction == "mean_log")
+        differentiate = torch.is_grad_enabled() and (scored.requires_grad or own.requires_grad)
+        options = (temperature, may_stay, siblings == "ignore", reduction == "mean_log", differentiate)
         each, _, _, others = nce(scored, own, *pairs, drop, *options)
         _watch(each, bank)
         counted = (others > 0) | may_stay

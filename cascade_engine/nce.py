@@ -1,10 +1,14 @@
-"""The loss as an operator: tiles over the keys, an online log-sum-exp, scores recomputed in the backward pass.
+"""The loss as an operator: one pass over the keys in tiles gives the losses and their gradients.
 
-Memory is O(B D + tile), whatever K: no (B, K) array exists. The scores of the members of P are read from the same tile
-that the denominator sums, and their gradients cancel there, before anything is multiplied by the keys; that is what
-keeps the error at plain torch's where P holds nearly all of the mass.
+As in attention, a running softmax over the keys also sums the keys themselves, weighted: that sum is the query's
+gradient, so the backward pass only scales it. Memory is O(B D + members of P + tile), whatever K: no (B, K) array
+exists.
 
-The operator is in `torch.ops.cascade_engine`: `nce` and `nce_backward`, known to autograd and to `torch.compile`.
+Where P holds nearly all of the mass, loss and gradient are small differences of large numbers. So the members of P are
+kept out of the running sums: with N everything else, the loss is log(1 + exp(LSE_N - LSE_P)), a score of N has the
+gradient softmax over all, and one of P minus its softmax within P times N's share of the mass. Nothing cancels.
+
+The operator is `torch.ops.cascade_engine.nce`, known to autograd and to `torch.compile`.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ import torch
 from torch import Tensor
 
 TILE_VALUES = 1 << 19  # scores held at a time, 2 MiB; 2^18 to 2^20 were equally fast
+GATHERED_VALUES = 1 << 19  # values of the rows of P's keys gathered at a time
 
 
 @torch.library.custom_op("cascade_engine::nce", mutates_args=())
@@ -34,99 +39,79 @@ def nce(
     own_positive: bool,
     ignore_siblings: bool,
     mean_log: bool,
+    differentiate: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss of each query (B,) float64, LSE over all (B,), LSE or mean over P (B,), members of P but the own key (B,).
+    """Loss of each query (B,) float64, its gradients by query (B, D) and own score (B,), members of P but the own key
+    (B,).
 
     A query whose P is empty has loss 0. Siblings are members of P, or in neither sum with `ignore_siblings`; for
-    siblings that are plain negatives `near` is empty.
+    siblings that are plain negatives `near` is empty. Without `differentiate` the gradients are empty.
     """
-    with _exact_products(query):
-        total = _Online(own)
-        members = _Members(own, mean_log)
+    rest = _Rest(query, own, differentiate)
+    inside = _Members()
+    with torch.autocast(query.device.type, enabled=False):  # the products are of the query's own type
         for tile in _tiles(query, keys, slot, row, near, query_video, key_video, temperature):
+            inside.take(tile, tile.row, tile.column)
             if ignore_siblings:
                 tile.scores[tile.sibling_row, tile.sibling_column] = -torch.inf
             else:
-                members.add(tile.sibling_row, tile.scores[tile.sibling_row, tile.sibling_column])
-            members.add(tile.row, tile.scores[tile.row, tile.column])
-            total.add(tile.scores)
-    kept = own_positive & ~(drop & (members.count > 0))
-    lse = total.value()
-    reached = members.value(own, kept)
-    each = torch.where(kept | (members.count > 0), lse - reached, 0)
-    return each, lse.to(own.dtype), reached.to(own.dtype), members.count
+                inside.take(tile, tile.sibling_row, tile.sibling_column)
+            rest.add(tile.scores, tile.keys)
+        who, where, score = inside.lists(row, own)
+        mine = own.double()
+        count = torch.bincount(who, minlength=len(own))
+        kept = own_positive & ~(drop & (count > 0))
+        size = (count + kept).double()
+        lse_rest = rest.value(torch.where(kept, -torch.inf, mine))
+        lse_in = _lse(who, score, torch.where(kept, mine, -torch.inf))
+        lse = torch.logaddexp(lse_rest, lse_in)
+        if mean_log:
+            mean = torch.where(kept, mine, 0).index_add_(0, who, score) / size
+            each = lse - mean
+        else:
+            each = torch.logaddexp(lse_rest - lse_in, torch.zeros_like(lse))
+        each = torch.where(size > 0, each, 0)
+        if not differentiate:
+            return each, query.new_empty(0), query.new_empty(0), count
+
+        def weight(values: Tensor, of: Tensor | slice) -> Tensor:
+            """The gradients of the scores of members of P."""
+            if mean_log:
+                return torch.exp(values - lse[of]) - 1 / size[of]
+            return -torch.exp(values - lse_in[of]) * torch.sigmoid(lse_rest - lse_in)[of]
+
+        to_query = rest.direction.mul_(torch.exp(rest.top - lse).to(query.dtype)[:, None])
+        some = max(1, GATHERED_VALUES // max(1, query.shape[1]))
+        for start in range(0, len(who), some):
+            part = slice(start, start + some)
+            rows = keys[where[part]].to(query.dtype)
+            to_query.index_add_(0, who[part], rows.mul_(weight(score[part], who[part]).to(query.dtype)[:, None]))
+        to_query.div_(temperature)[size == 0] = 0
+        to_own = torch.where(kept, weight(mine, slice(None)), torch.exp(mine - lse))
+    return each, to_query, torch.where(size > 0, to_own, 0).to(own.dtype), count
 
 
 @nce.register_fake
-def _(query: Tensor, own: Tensor, *_rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(query: Tensor, own: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     each, count = torch.empty_like(own, dtype=torch.float64), torch.empty_like(own, dtype=torch.int64)
-    return each, torch.empty_like(own), torch.empty_like(own), count
-
-
-@torch.library.custom_op("cascade_engine::nce_backward", mutates_args=())
-def nce_backward(
-    grad: Tensor,  # (B,) float64, of the losses
-    lse: Tensor,  # (B,) from the forward pass, and so are the next two
-    reached: Tensor,
-    count: Tensor,
-    query: Tensor,  # as in the forward pass, and so is what follows
-    own: Tensor,
-    keys: Tensor,
-    slot: Tensor,
-    row: Tensor,
-    near: Tensor,
-    query_video: Tensor,
-    key_video: Tensor,
-    drop: Tensor,
-    temperature: float,
-    own_positive: bool,
-    ignore_siblings: bool,
-    mean_log: bool,
-) -> tuple[Tensor, Tensor]:
-    """Gradients of the query (B, D) and of the own key's score (B,): g (softmax over all - weight in P)."""
-    kept = own_positive & ~(drop & (count > 0))
-    size = count + kept
-    grad = torch.where(size > 0, grad, 0).to(own.dtype)
-    share = grad / size.clamp(min=1)
-
-    def in_members(rows: Tensor, scores: Tensor) -> Tensor:
-        return share[rows] if mean_log else grad[rows] * torch.exp(scores - reached[rows])
-
-    to_query = torch.zeros_like(query)
-    with _exact_products(query):
-        for tile in _tiles(query, keys, slot, row, near, query_video, key_video, temperature):
-            weight = tile.scores
-            taken = in_members(tile.row, weight[tile.row, tile.column])
-            of_siblings = in_members(tile.sibling_row, weight[tile.sibling_row, tile.sibling_column])
-            weight.sub_(lse[:, None]).exp_().mul_(grad[:, None])
-            weight.index_put_((tile.row, tile.column), -taken, accumulate=True)
-            if ignore_siblings:
-                weight[tile.sibling_row, tile.sibling_column] = 0
-            else:
-                weight.index_put_((tile.sibling_row, tile.sibling_column), -of_siblings, accumulate=True)
-            to_query.addmm_(weight, tile.keys)
-    everyone = torch.arange(len(own), device=own.device)
-    to_own = grad * torch.exp(own - lse) - torch.where(kept, in_members(everyone, own), 0)
-    return to_query.div_(temperature), to_own
-
-
-@nce_backward.register_fake
-def _(
-    grad: Tensor, lse: Tensor, reached: Tensor, count: Tensor, query: Tensor, own: Tensor, *_rest: Any
-) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(query), torch.empty_like(own)
+    if not rest[-1]:
+        return each, query.new_empty(0), query.new_empty(0), count
+    return each, torch.empty_like(query), torch.empty_like(own), count
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, lse, reached, count = output
-    ctx.mark_non_differentiable(lse, reached, count)
-    ctx.save_for_backward(lse, reached, count, *inputs[:9])
-    ctx.options = inputs[9:]
+    _, to_query, to_own, count = output
+    ctx.mark_non_differentiable(to_query, to_own, count)
+    ctx.save_for_backward(to_query, to_own)
+    ctx.differentiated = inputs[-1]
 
 
 def _differentiate(ctx: Any, grad: Tensor, *_unused: Tensor) -> tuple[Tensor | None, ...]:
-    to_query, to_own = nce_backward(grad, *ctx.saved_tensors, *ctx.options)
-    return (to_query, to_own, *[None] * 11)
+    if not ctx.differentiated:
+        raise RuntimeError("nce: asked for gradients of a call without `differentiate`")
+    to_query, to_own = ctx.saved_tensors
+    grad = grad.to(to_own.dtype)
+    return (grad[:, None] * to_query, grad * to_own, *[None] * 12)
 
 
 nce.register_autograd(_differentiate, setup_context=_remember)
@@ -134,8 +119,9 @@ nce.register_autograd(_differentiate, setup_context=_remember)
 
 @dataclass(kw_only=True)
 class _Tile:
-    """The scores (B, T) of a run of keys (T, D), and where members of P and siblings are in it."""
+    """The scores (B, T) of a run of keys (T, D) from slot `first` on, and where members of P and siblings are in it."""
 
+    first: int
     scores: Tensor
     keys: Tensor
     row: Tensor
@@ -172,6 +158,7 @@ def _tiles(
             sibling_row, which = torch.nonzero(query_video[:, None] == key_video[close], as_tuple=True)
             sibling_column = close[which] - first
         yield _Tile(
+            first=first,
             scores=scores,
             keys=part,
             row=row[inside],
@@ -181,58 +168,52 @@ def _tiles(
         )
 
 
-class _Online:
-    """A running log-sum-exp per query, that begins with the own key's score; the sum is kept in float64."""
+class _Rest:
+    """A running softmax over what is not in P: the log-sum-exp of its scores, and its keys summed by their weights.
 
-    def __init__(self, own: Tensor) -> None:
-        self.top, self.sum = own.clone(), torch.ones_like(own, dtype=torch.float64)
+    Weights are relative to `top`, the largest score so far or the own key's; their sum is kept in float64.
+    """
 
-    def add(self, scores: Tensor) -> None:
-        """Take in scores (B, T), which are overwritten."""
+    def __init__(self, query: Tensor, own: Tensor, differentiate: bool) -> None:
+        self.top, self.sum = own.clone(), torch.zeros_like(own, dtype=torch.float64)
+        self.direction = torch.zeros_like(query) if differentiate else None
+
+    def add(self, scores: Tensor, keys: Tensor) -> None:
+        """Take in scores (B, T), which are overwritten, -inf for what does not count, and their keys (T, D)."""
         if not scores.shape[1]:
             return
         top = torch.maximum(self.top, scores.amax(1))
-        self.sum *= torch.exp((self.top - top).double())
-        self.sum += scores.sub_(top[:, None]).exp_().sum(1)
-        self.top = top
+        shrink = torch.exp(self.top.double() - top)
+        weight = scores.sub_(top[:, None]).exp_()
+        self.top, self.sum = top, self.sum.mul_(shrink).add_(weight.sum(1))
+        if self.direction is not None:
+            self.direction.mul_(shrink.to(weight.dtype)[:, None]).addmm_(weight, keys)
 
-    def value(self) -> Tensor:
-        """(B,) float64."""
-        return self.top.double() + self.sum.log()
+    def value(self, also: Tensor) -> Tensor:
+        """The log-sum-exp (B,) float64 with one more score for each query, -inf for none."""
+        return torch.logaddexp(self.top.double() + self.sum.log(), also)
 
 
 class _Members:
-    """The running log-sum-exp, or mean, of the scores of P but the own key's, in float64."""
+    """The members of P but own keys, as lists of (query, slot, score)."""
 
-    def __init__(self, own: Tensor, mean: bool) -> None:
-        self.mean = mean
-        self.count = torch.zeros_like(own, dtype=torch.int64)
-        self.top = torch.full_like(own, -torch.inf, dtype=torch.float64)
-        self.sum = torch.zeros_like(self.top)
+    def __init__(self) -> None:
+        self.found: list[tuple[Tensor, Tensor, Tensor]] = []
 
-    def add(self, rows: Tensor, scores: Tensor) -> None:
-        """Take in one score for each of `rows`, which may repeat."""
-        if not len(rows):
-            return
-        values = scores.double()
-        self.count.index_add_(0, rows, torch.ones_like(rows))
-        if self.mean:
-            self.sum.index_add_(0, rows, values)
-            return
-        top = self.top.scatter_reduce(0, rows, values, "amax")
-        self.sum *= torch.where(top > -torch.inf, torch.exp(self.top - top), 0)
-        self.sum.index_add_(0, rows, torch.exp(values - top[rows]))
-        self.top = top
+    def take(self, tile: _Tile, row: Tensor, column: Tensor) -> None:
+        """Move the scores at (row, column) of a tile into P: -inf is left in their place."""
+        if len(row):
+            self.found.append((row, column + tile.first, tile.scores[row, column].double()))
+            tile.scores[row, column] = -torch.inf
 
-    def value(self, own: Tensor, kept: Tensor) -> Tensor:
-        """(B,) float64 over P, the own key's score included where it is kept; anything where P is empty."""
-        mine = own.double()
-        if self.mean:
-            return (self.sum + torch.where(kept, mine, 0)) / (self.count + kept).clamp(min=1)
-        found = self.top + self.sum.log()
-        return torch.where(kept, torch.logaddexp(found, mine), found)
+    def lists(self, row: Tensor, own: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(M,) queries, slots, and scores in float64."""
+        who, where, score = zip((row[:0], row[:0], own[:0].double()), *self.found, strict=True)
+        return torch.cat(who), torch.cat(where), torch.cat(score)
 
 
-def _exact_products(query: Tensor) -> torch.autocast:
-    """No autocast within: the products are of `query`'s own type."""
-    return torch.autocast(query.device.type, enabled=False)
+def _lse(row: Tensor, score: Tensor, also: Tensor) -> Tensor:
+    """(B,) log-sum-exp of the scores (M,) of each row, `also` (B,) among them; -inf where there is none."""
+    top = also.scatter_reduce(0, row, score, "amax")
+    start = torch.where(also > -torch.inf, torch.exp(also - top), 0)
+    return top + start.index_add_(0, row, torch.exp(score - top[row])).log()

@@ -242,17 +242,24 @@ def arguments(dtype=torch.float64, b=4, k=11):
 @pytest.mark.parametrize("flags", list(itertools.product((True, False), repeat=3)), ids=str)
 def test_gradcheck(flags):
     assert torch.autograd.gradcheck(
-        lambda q, s: operator.nce(q, s, *arguments()[2:], *flags)[0], arguments()[:2], atol=1e-8
+        lambda q, s: operator.nce(q, s, *arguments()[2:], *flags, True)[0], arguments()[:2], atol=1e-8
     )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_opcheck(dtype):
     given = arguments(dtype)
-    torch.library.opcheck(operator.nce, (*given, True, False, False))
-    each, lse, reached, count = operator.nce(*given, True, False, True)
-    tensors = [value.detach() for value in (torch.ones_like(each), lse, reached, count, *given[:-1])]
-    torch.library.opcheck(operator.nce_backward, (*tensors, given[-1], True, False, True))
+    torch.library.opcheck(operator.nce, (*given, True, False, False, True))
+    with torch.no_grad():
+        torch.library.opcheck(operator.nce, (*given, True, False, True, False), test_utils="test_faketensor")
+
+
+def test_gradients_that_were_not_asked_for_are_refused_not_guessed():
+    given = arguments()
+    each = operator.nce(*given, True, False, False, False)[0]
+    assert torch.equal(each, operator.nce(*given, True, False, False, True)[0])
+    with pytest.raises(RuntimeError, match="without `differentiate`"):
+        each.sum().backward()
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.full)])
@@ -273,9 +280,9 @@ def test_compiles(backend):
 def test_the_operator_compiles_in_one_graph():
     given = arguments()
     compiled = torch.compile(
-        lambda q, s: operator.nce(q, s, *given[2:], True, False, False)[0].sum(), backend="aot_eager", fullgraph=True
+        lambda q, s: operator.nce(q, s, *given[2:], True, False, False, True)[0].sum(), backend="aot_eager", fullgraph=True
     )
-    plain = operator.nce(*given, True, False, False)[0].sum()
+    plain = operator.nce(*given, True, False, False, True)[0].sum()
     assert compiled(*given[:2]) == plain
     got, want = torch.autograd.grad(compiled(*given[:2]), given[:2]), torch.autograd.grad(plain, given[:2])
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
