@@ -81,10 +81,9 @@ def multi_positive_nce(
         own = (scored * key.to(wide)).sum(1) / temperature
         may_stay = self_positive != "never"
         differentiate = torch.is_grad_enabled() and (scored.requires_grad or own.requires_grad)
-        options = (temperature, may_stay, siblings == "ignore", reduction == "mean_log", differentiate)
-        each, _, _, others = nce(scored, own, *pairs, drop, *options)
+        each = nce(scored, own, *pairs, drop, temperature, may_stay, reduction == "mean_log", differentiate)[0]
         _watch(each, bank)
-        counted = (others > 0) | may_stay
+        counted = may_stay | (torch.bincount(pairs.row, minlength=len(query)) > 0)
         mean: Tensor = each.sum() / counted.sum().clamp(min=1)
         return mean.to(wide)
 
@@ -104,9 +103,8 @@ class _Pairs(NamedTuple):
     keys: Tensor
     slot: Tensor
     row: Tensor
-    near: Tensor
-    query_video: Tensor
-    key_video: Tensor
+    absent_slot: Tensor
+    absent_row: Tensor
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -119,7 +117,7 @@ def _pairs(
     siblings: Siblings,
     query_video_id: object,
 ) -> _Pairs:
-    """Check the arguments and list who is a member of P and who may be a sibling; their number depends on the data."""
+    """Check the arguments and list who is a member of P and who is in neither sum; their number depends on the data."""
     bank.ensure_fresh()
     keys = _keys(query, key, bank, view)
     index = _on(positives.index, query, "positives.index", torch.int64)
@@ -127,11 +125,10 @@ def _pairs(
         raise InvalidInput(f"positives.index: expected ({len(query)}, k) int64, got {tuple(index.shape)}")
     if index.device.type == "cpu" and index.numel() and int(index.max()) >= bank.size:
         raise InvalidInput(f"positives.index: expected slots under {bank.size}, got {int(index.max())}")
-    none = torch.zeros(0, dtype=torch.int64, device=query.device)
-    query_video = key_video = near = none
     index = index.sort(1).values
     member = index >= 0
     member[:, 1:] &= index[:, 1:] != index[:, :-1]
+    sibling_slot = sibling_row = none = index.new_zeros(0)
     if query_video_id is not None:
         if bank.video_id is None:
             raise InvalidInput("query_video_id: expected a bank with video_id to know siblings, got a bank without")
@@ -141,13 +138,29 @@ def _pairs(
         key_video = _on(bank.video_id, query, "bank.video_id", torch.int64)
         if bank.size:
             member &= key_video[index.clamp(min=0)] != query_video[:, None]
-        if siblings != "negative" and len(query):
-            known = torch.unique(query_video)
-            at = torch.searchsorted(known, key_video).clamp(max=len(known) - 1)
-            near = (known[at] == key_video).nonzero()[:, 0]
+        if siblings != "negative":
+            sibling_slot, sibling_row = _siblings(query_video, key_video)
     row, column = member.nonzero(as_tuple=True)
-    slot, order = index[row, column].sort(stable=True)
-    return _Pairs(keys, slot, row[order], near, query_video, key_video)
+    slot = index[row, column]
+    if siblings == "positive":
+        slot, row = torch.cat((slot, sibling_slot)), torch.cat((row, sibling_row))
+        sibling_slot = sibling_row = none
+    slot, order = slot.sort(stable=True)
+    return _Pairs(keys, slot, row[order], sibling_slot, sibling_row)
+
+
+def _siblings(query_video: Tensor, key_video: Tensor) -> tuple[Tensor, Tensor]:
+    """The pairs of one video: slots of keys, ascending, and the queries each belongs to."""
+    if not len(query_video):
+        return query_video, query_video
+    known, order = query_video.sort(stable=True)
+    first = torch.searchsorted(known, key_video)
+    slot = (known[first.clamp(max=len(known) - 1)] == key_video).nonzero()[:, 0]
+    first = first[slot]
+    count = torch.searchsorted(known, key_video[slot], right=True) - first
+    ends = count.cumsum(0)
+    place = torch.arange(int(count.sum()), device=slot.device) - (ends - count - first).repeat_interleave(count)
+    return slot.repeat_interleave(count), order[place]
 
 
 def _keys(query: Tensor, key: Tensor, bank: Bank, view: str | None) -> Tensor:
