@@ -50,7 +50,12 @@ Threshold narrow(const Kernels& kernels, const int16_t* score, int64_t n, int64_
   return {low, high - 1};
 }
 
-// Score rows and candidates of the queries a thread works on.
+struct Open {
+  Ranked ranked;
+  int64_t from;
+};
+
+// Score rows and candidates of the queries a thread works on: kept from call to call, unless they are uncommonly large.
 struct Scratch {
   std::vector<Buffer<int16_t>> rows;        // per distinct packed view: [queries at a time, positions + room]
   std::vector<Buffer<int32_t>> words;       // per distinct packed view: the packed queries
@@ -60,7 +65,10 @@ struct Scratch {
   Buffer<int16_t> middle;
   std::vector<int64_t> band, alive;
   std::vector<double> band_score;
+  std::vector<Open> ranked_band;
 };
+
+thread_local Scratch kept_scratch;
 
 class Dense {
  public:
@@ -76,19 +84,26 @@ class Dense {
       if (found == views_.end()) views_.push_back(each);
     }
     const auto count = views_.size();
-    scratch_.rows.resize(count);
-    scratch_.words.resize(count);
-    scratch_.errors.resize(count);
-    scratch_.open_score.resize(count);
+    const auto at_least = [count](auto& each) { each.resize(std::max(each.size(), count)); };
+    at_least(scratch_.rows);
+    at_least(scratch_.words);
+    at_least(scratch_.errors);
+    at_least(scratch_.open_score);
     column_.resize(count);
     scratch_.position.reserve(padded_);
     scratch_.open_position.reserve(padded_);
     scratch_.middle.reserve(padded_);
-    for (auto& row : scratch_.open_score) row.reserve(padded_);
+    for (size_t view = 0; view < count; ++view) scratch_.open_score[view].reserve(padded_);
     const int64_t row_bytes = padded_ * static_cast<int64_t>(sizeof(int16_t) * count);
     at_once_ = std::clamp<int64_t>(scores_in_cache / row_bytes / queries16 * queries16, queries16, 4 * queries16);
     if (row_bytes * at_once_ > 8 * scores_in_cache) at_once_ = 4;
+    keep_scratch_ = row_bytes * at_once_ <= 2 * scores_in_cache;
   }
+  ~Dense() {
+    if (!keep_scratch_) scratch_ = Scratch{};
+  }
+  Dense(const Dense&) = delete;
+  Dense& operator=(const Dense&) = delete;
 
   void run(int64_t begin, int64_t end) {
     for (int64_t first = begin; first < end && !should_stop(); first += at_once_) {
@@ -279,29 +294,26 @@ class Dense {
   int64_t settle(const Stage& stage, int64_t keep, const Split& found, int rows, const Columns& kept,
                  const Columns& open) {
     const int64_t wanted = std::min(keep - found.kept, found.open);
-    band_.resize(found.open);
+    scratch_.ranked_band.resize(found.open);
     scratch_.band.resize(found.open);
     scratch_.band_score.resize(found.open);
     for (int64_t i = 0; i < found.open; ++i) scratch_.band[i] = layout_.slot(open.position[i]);
     if (wanted < found.open && wanted > 0) {
       exact_.scores(stage, scratch_.band, scratch_.band_score.data());
-      for (int64_t i = 0; i < found.open; ++i) band_[i] = {{scratch_.band_score[i], scratch_.band[i]}, i};
-      std::nth_element(band_.begin(), band_.begin() + wanted, band_.end(),
+      for (int64_t i = 0; i < found.open; ++i)
+        scratch_.ranked_band[i] = {{scratch_.band_score[i], scratch_.band[i]}, i};
+      std::nth_element(scratch_.ranked_band.begin(), scratch_.ranked_band.begin() + wanted, scratch_.ranked_band.end(),
                        [](const Open& a, const Open& b) { return before(a.ranked, b.ranked); });
     } else {
-      for (int64_t i = 0; i < found.open; ++i) band_[i].from = i;
+      for (int64_t i = 0; i < found.open; ++i) scratch_.ranked_band[i].from = i;
     }
     for (int64_t i = 0; i < wanted; ++i) {
-      kept.position[found.kept + i] = open.position[band_[i].from];
-      for (int row = 0; row < rows; ++row) kept.score[row][found.kept + i] = open.score[row][band_[i].from];
+      kept.position[found.kept + i] = open.position[scratch_.ranked_band[i].from];
+      for (int row = 0; row < rows; ++row)
+        kept.score[row][found.kept + i] = open.score[row][scratch_.ranked_band[i].from];
     }
     return found.kept + wanted;
   }
-
-  struct Open {
-    Ranked ranked;
-    int64_t from;
-  };
 
   const MineCall& call_;
   const Kernels& kernels_;
@@ -312,9 +324,9 @@ class Dense {
   std::vector<int> stage_view_;
   std::vector<int> groups_;
   int64_t at_once_ = queries16;
+  bool keep_scratch_ = true;
   std::vector<int16_t*> column_;  // per distinct packed view, the current query's scores
-  std::vector<Open> band_;
-  Scratch scratch_;
+  Scratch& scratch_ = kept_scratch;
 };
 
 }  // namespace
