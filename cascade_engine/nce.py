@@ -19,6 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cascade_engine.kernels import cpu
+from cascade_engine.tensor import to_host
+
 TILE_VALUES = 1 << 19  # scores held at a time, 2 MiB; 2^18 to 2^20 were equally fast
 GATHERED_VALUES = 1 << 19  # values of the rows of P's keys gathered at a time
 
@@ -97,7 +100,7 @@ def _differentiate(ctx: Any, grad: Tensor, *_unused: Tensor) -> tuple[Tensor | N
 nce.register_autograd(_differentiate, setup_context=_remember)
 
 
-@dataclass(kw_only=True)
+@dataclass
 class _Scan:
     """What one pass over the keys gives: a running softmax of what is not in P, and the scores of what is.
 
@@ -125,7 +128,12 @@ def _scan(
     temperature: float,
     differentiate: bool,
 ) -> _Scan:
-    """The pass, in tiles of torch products whose scores share one buffer."""
+    """The pass: in C++ for float32 on a CPU, in tiles of torch products whose scores share one buffer elsewhere."""
+    if query.dtype == torch.float32 and query.device.type == "cpu" and cpu.unavailable() is None:
+        arrays = (each.detach().contiguous() for each in (query, own, slot, row, absent_slot, absent_row))
+        found = cpu.contrast(*arrays, keys=to_host(keys, "keys"), temperature=temperature, differentiate=differentiate)
+        top, total, direction, score = map(torch.from_numpy, found)
+        return _Scan(top, total, direction if differentiate else None, score)
     scan = _Scan(
         top=own.clone(),
         sum=torch.zeros_like(own, dtype=torch.float64),

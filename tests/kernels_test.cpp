@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "cpu/backend.hpp"
+#include "cpu/contrast.hpp"
 
 namespace {
 
@@ -154,6 +155,55 @@ bool answers_right(const Problem& p, cpu::Bank& bank, const char* isa, int threa
   return true;
 }
 
+// The loss's pass against float64, and against itself with other threads.
+bool contrasts_right(const cpu::Isa& isa, std::mt19937& rng) {
+  const auto dim = static_cast<int64_t>(1 + rng() % 150), batch = static_cast<int64_t>(1 + rng() % 70);
+  const auto keys = static_cast<int64_t>(rng() % 3000);
+  const double temperature = 0.07;
+  std::normal_distribution<float> normal(0, 1 / std::sqrt(static_cast<float>(dim)));
+  std::vector<float> query(batch * dim), own(batch), key(keys * dim);
+  for (auto* values : {&query, &own, &key})
+    for (float& each : *values) each = normal(rng);
+  std::vector<int64_t> slots[2], rows[2];  // members, absent
+  std::vector<double> out(keys * batch, 0);
+  for (int64_t k = 0; k < keys; ++k)
+    for (int64_t q = 0; q < batch; ++q)
+      if (const auto kind = rng() % 50; kind < 2) {
+        slots[kind].push_back(k);
+        rows[kind].push_back(q);
+        out[k * batch + q] = 1;
+      }
+  cpu::ContrastCall call{
+      query.data(),        own.data(),         batch, {key.data(), keys, dim, dim, DType::float32}, temperature,
+      {slots[0], rows[0]}, {slots[1], rows[1]}};
+  std::vector<float> top(batch), direction(batch * dim), again(batch * dim);
+  std::vector<double> sum(batch), score(slots[0].size());
+  cpu::contrast(isa.kernels(), call, {.threads = 1}, {top.data(), sum.data(), direction.data(), score.data()});
+  cpu::contrast(isa.kernels(), call, {.threads = 3}, {top.data(), sum.data(), again.data(), score.data()});
+  bool right = direction == again;
+  const auto exact = [&](int64_t q, int64_t k) {
+    return dot(query.data() + q * dim, key.data() + k * dim, dim) / temperature;
+  };
+  for (size_t i = 0; i < score.size(); ++i) right = right && std::abs(score[i] - exact(rows[0][i], slots[0][i])) < 1e-4;
+  for (int64_t q = 0; q < batch; ++q) {
+    double total = 0;
+    std::vector<double> towards(dim, 0.0);
+    for (int64_t k = 0; k < keys; ++k) {
+      if (out[k * batch + q] != 0) continue;
+      const double weight = std::exp(exact(q, k) - static_cast<double>(top[q]));
+      total += weight;
+      for (int64_t d = 0; d < dim; ++d) towards[d] += weight * static_cast<double>(key[k * dim + d]);
+    }
+    right = right && top[q] >= own[q] && std::abs(sum[q] - total) <= 1e-5 * total;
+    for (int64_t d = 0; d < dim; ++d)
+      right = right && std::abs(static_cast<double>(direction[q * dim + d]) - towards[d]) <= 1e-5 * total;
+  }
+  if (!right)
+    std::printf("%s: contrast of %ld queries, %ld keys, %ld dimensions is wrong\n", isa.name, static_cast<long>(batch),
+                static_cast<long>(keys), static_cast<long>(dim));
+  return right;
+}
+
 }  // namespace
 
 int main(int count, char** words) {
@@ -180,6 +230,8 @@ int main(int count, char** words) {
         bank.update(first, written);
         failures += !answers_right(p, bank, isa.name, 2, "after an update");
       }
+    std::mt19937 rng(7);
+    for (int round = 0; round < 4 * rounds; ++round) failures += !contrasts_right(isa, rng);
     std::printf("%s: %d problems\n", isa.name, problems);
   }
   std::printf(failures == 0 ? "all equal\n" : "%d failures\n", failures);

@@ -10,6 +10,11 @@ import cascade_engine as ce
 from cascade_engine import nce as operator
 from cascade_engine.errors import InvalidInput, StaleBank
 
+try:
+    from cascade_engine import _cpu
+except ImportError:
+    _cpu = None
+
 REDUCTIONS = ("logsumexp", "mean_log")
 SIBLINGS = ("positive", "ignore", "negative")
 
@@ -130,6 +135,36 @@ def distances(dtype, reduction, case, seed):
 def test_is_at_most_twice_as_far_from_float64_as_plain_torch(dtype, reduction, case):
     mine, plain, floor = np.sum([distances(dtype, reduction, case, seed) for seed in range(3)], 0)
     assert (mine <= 2 * plain + floor).all(), (mine, plain, floor)
+
+
+ISAS = [name for name, runs in _cpu.isas() if runs] if _cpu is not None else []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(5, 700, 64, 3), (40, 2100, 100, 3), (33, 1, 1, 1), (3, 0, 6, 2)], ids=str)
+@pytest.mark.parametrize("isa", ISAS)
+def test_every_instruction_set_is_as_right_as_plain_torch_and_blind_to_threads(isa, shape, dtype, monkeypatch):
+    monkeypatch.setenv("CASCADE_ISA", isa)
+    query, key, keys, index, own, other = problem(*shape)
+    query, key, keys = query.float(), key.float(), keys.to(dtype)
+    bank = ce.Bank({"rgb": keys[:, ::2].contiguous() if shape[2] > 1 else keys}, video_id=other)
+    query, key = (each[:, ::2] if shape[2] > 1 else each for each in (query, key))
+
+    def ours(q, x):
+        return ce.multi_positive_nce(q, x, bank, found(index), siblings="ignore", query_video_id=own)
+
+    def plain(q, x):
+        return dense(q, x, bank.keys["rgb"], index, own_video=(own, other), siblings="ignore")
+
+    once = gradients(ours, query, key)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    again = gradients(ours, query, key)
+    torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
+    exact = gradients(plain, query.double(), key.double())
+    floor = sum(float(each.norm()) for each in exact) * torch.finfo(torch.float32).eps
+    assert error(once, exact) <= 2 * error(gradients(plain, query, key), exact) + floor
 
 
 def test_autocast_changes_nothing():

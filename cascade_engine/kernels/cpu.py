@@ -73,6 +73,38 @@ def select(request: SelectRequest) -> Selection:
     return Selection(index=index, similarity=similarity, kept=kept)
 
 
+def contrast(
+    query: Any,  # (B, D) float32, and so is
+    own: Any,  # (B,)
+    slot: Any,  # (M,) int64, ascending, and so are the three after it
+    row: Any,  # (M,)
+    absent_slot: Any,  # (A,)
+    absent_row: Any,  # (A,)
+    *,
+    keys: Host,  # (K, D)
+    temperature: float,
+    differentiate: bool,
+) -> tuple[Host, Host, Host, Host]:
+    """The loss's pass over the keys (`nce.py` says what it is): top (B,), sum (B,), direction (B, D), score (M,).
+
+    Without `differentiate` the direction is empty.
+    """
+    found: tuple[Host, Host, Host, Host] = _extension().contrast(
+        query,
+        own,
+        _array(keys),
+        slot,
+        row,
+        absent_slot,
+        absent_row,
+        temperature,
+        differentiate,
+        _chosen_isa(),
+        threads(),
+    )
+    return found
+
+
 @cache
 def _extension() -> Any:
     """The C++ module, imported when first needed: an installation without a compiler lacks it."""

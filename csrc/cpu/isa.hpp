@@ -13,6 +13,7 @@ namespace cascade::cpu {
 constexpr int lanes16 = 32;           // keys in a block of 16-bit keys
 constexpr int lanes8 = 64;            // keys in a block of 8-bit keys
 constexpr int queries16 = 12;         // queries that a 16-bit tile takes at most, in fours
+constexpr int lanes32 = 32;           // queries side by side in the loss's tiles
 constexpr int queries8 = 6;           // queries that an 8-bit tile takes
 constexpr int16_t no_score = -32768;  // marks keys that are no candidates; real 16-bit scores are above it
 constexpr int max_rows16 = 16;        // score rows that `split16` carries at most
@@ -82,6 +83,26 @@ struct Kernels {
                     const float* beta,      // [6]
                     float* upper,           // [6, 64]
                     uint64_t* lanes);       // [6]: the lanes that reach `least`
+
+  // The loss's scores of 32 queries and some keys: inner products in float32, divided by the temperature.
+  void (*scores32)(const float* queries,       // [D, 32]
+                   const float* keys,          // [n, D], rows `stride` apart
+                   int64_t stride,             //
+                   int64_t n,                  //
+                   int64_t dim,                //
+                   bool ahead,                 // fetches the n keys after these into the cache
+                   const float (&inverse)[2],  // 1 / temperature in two parts
+                   float* out);                // [n, 32]
+
+  // Takes those scores into a running softmax; they become its weights, exp(score - top). -infinity does not count.
+  void (*absorb32)(float* score,       // [n, 32]
+                   const float* keys,  // [n, D], rows `stride` apart
+                   int64_t stride,     //
+                   int64_t n,          //
+                   int64_t dim,        //
+                   float* top,         // [32], finite
+                   double* sum,        // [32], of all weights
+                   float* direction);  // [D, 32], of weight times key; null where it is not wanted
 };
 
 // Each lives in a file of its own, compiled for that instruction set; it exports nothing else.

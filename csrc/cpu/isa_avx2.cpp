@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <array>
 
+#include "cpu/contrast_tile.hpp"
 #include "cpu/isa_generic.hpp"
 
 namespace cascade::cpu {
@@ -276,6 +277,16 @@ Split split16(const Columns& from, uint32_t first, int64_t n, int rows, int low,
   return split16_rows<false>(from, first, n, rows, low, high, kept, open);
 }
 
+// ---- the loss's tiles
+
+struct Floats8 {
+  using type = __m256;
+  using bits = uint32_t __attribute__((vector_size(32)));
+  static constexpr int rows = 6;  // of accumulators, two vectors each
+  static type all(float value) { return _mm256_set1_ps(value); }
+  static type fma(type a, type b, type c) { return _mm256_fmadd_ps(a, b, c); }
+};
+
 }  // namespace
 
 const Kernels& avx2_kernels() {
@@ -290,6 +301,8 @@ const Kernels& avx2_kernels() {
       .count_float = generic::count_float,
       .range_float = generic::range_float,
       .tile8 = nullptr,
+      .scores32 = contrast::scores32<Floats8>,
+      .absorb32 = contrast::absorb32<Floats8>,
   };
   return table;
 }

@@ -2,6 +2,7 @@
 // BF16 products are not used: vdpbf16ps runs no faster than vpdpwssd and its rounding error is ten times larger.
 #include <immintrin.h>
 
+#include "cpu/contrast_tile.hpp"
 #include "cpu/isa_generic.hpp"
 
 namespace cascade::cpu {
@@ -296,6 +297,16 @@ uint32_t tile8(const int8_t* queries, const uint8_t* keys, int64_t steps, const 
   return any;
 }
 
+// ---- the loss's tiles
+
+struct Floats16 {
+  using type = __m512;
+  using bits = uint32_t __attribute__((vector_size(64)));
+  static constexpr int rows = 8;  // of accumulators, two vectors each
+  static type all(float value) { return _mm512_set1_ps(value); }
+  static type fma(type a, type b, type c) { return _mm512_fmadd_ps(a, b, c); }
+};
+
 }  // namespace
 
 const Kernels& avx512_kernels() {
@@ -310,6 +321,8 @@ const Kernels& avx512_kernels() {
       .count_float = count_float,
       .range_float = range_float,
       .tile8 = tile8,
+      .scores32 = contrast::scores32<Floats16>,
+      .absorb32 = contrast::absorb32<Floats16>,
   };
   return table;
 }

@@ -2,6 +2,7 @@
 // from the plain loops.
 #include <arm_neon.h>
 
+#include "cpu/contrast_tile.hpp"
 #include "cpu/isa_generic.hpp"
 
 namespace cascade::cpu {
@@ -63,6 +64,16 @@ void tile16(const int32_t* queries, int count, const int32_t* keys, int64_t step
     }
 }
 
+// ---- the loss's tiles
+
+struct Floats4 {
+  using type = float32x4_t;
+  using bits = uint32_t __attribute__((vector_size(16)));
+  static constexpr int rows = 8;  // of accumulators, two vectors each
+  static type all(float value) { return vdupq_n_f32(value); }
+  static type fma(type a, type b, type c) { return vfmaq_f32(c, a, b); }
+};
+
 }  // namespace
 
 const Kernels& neon_kernels() {
@@ -77,6 +88,8 @@ const Kernels& neon_kernels() {
       .count_float = generic::count_float,
       .range_float = generic::range_float,
       .tile8 = nullptr,
+      .scores32 = contrast::scores32<Floats4>,
+      .absorb32 = contrast::absorb32<Floats4>,
   };
   return table;
 }

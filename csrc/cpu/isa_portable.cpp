@@ -1,7 +1,19 @@
 // Kernels in plain C++: what any machine runs, and what the others are compared with.
+#include "cpu/contrast_tile.hpp"
 #include "cpu/isa_generic.hpp"
 
 namespace cascade::cpu {
+namespace {
+
+struct Floats4 {
+  using type = float __attribute__((vector_size(16)));  // what SSE2 and NEON, their architectures' least, both have
+  using bits = uint32_t __attribute__((vector_size(16)));
+  static constexpr int rows = 6;
+  static type all(float value) { return type{value, value, value, value}; }
+  static type fma(type a, type b, type c) { return a * b + c; }
+};
+
+}  // namespace
 
 const Kernels& portable_kernels() {
   static constexpr Kernels table{
@@ -15,6 +27,8 @@ const Kernels& portable_kernels() {
       .count_float = generic::count_float,
       .range_float = generic::range_float,
       .tile8 = nullptr,
+      .scores32 = contrast::scores32<Floats4>,
+      .absorb32 = contrast::absorb32<Floats4>,
   };
   return table;
 }

@@ -3,11 +3,13 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <optional>
 #include <string>
 #include <vector>
 
 #include "cpu/backend.hpp"
+#include "cpu/contrast.hpp"
 #include "cpu/isa.hpp"
 #include "python/dlpack.hpp"
 
@@ -180,6 +182,49 @@ py::tuple select(const Plan& plan, const std::vector<py::object>& similarities, 
   return output.result(trace);
 }
 
+// Arrays of pairs, kept alive in `held`.
+cpu::Pairs pairs(std::vector<Imported>& held, const py::object& slot, const py::object& row, int64_t keys,
+                 int64_t batch) {
+  const auto import = [&held](const py::object& array) {
+    const auto* data = held.emplace_back(array).compact<int64_t>(0, 1);
+    return std::span<const int64_t>(data, static_cast<size_t>(held.back().tensor().shape[0]));
+  };
+  const cpu::Pairs found{import(slot), import(row)};
+  const auto outside = [](int64_t end) { return [end](int64_t each) { return each < 0 || each >= end; }; };
+  if (found.slot.size() != found.row.size() || !std::is_sorted(found.slot.begin(), found.slot.end()) ||
+      std::any_of(found.slot.begin(), found.slot.end(), outside(keys)) ||
+      std::any_of(found.row.begin(), found.row.end(), outside(batch)))
+    throw py::value_error("expected pairs of slots in ascending order and rows");
+  return found;
+}
+
+py::tuple contrast(const py::object& query, const py::object& own, const std::pair<py::object, bool>& keys,
+                   const py::object& slot, const py::object& row, const py::object& absent_slot,
+                   const py::object& absent_row, double temperature, bool differentiate, const std::string& isa,
+                   int threads) {
+  std::vector<Imported> held;
+  held.reserve(7);
+  cpu::ContrastCall call{};
+  call.query = held.emplace_back(query).compact<float>(2, 2);
+  call.batch = held.back().tensor().shape[0];
+  const int64_t dim = held.back().tensor().shape[1];
+  call.own = held.emplace_back(own).compact<float>(2, 1);
+  const int64_t owned = held.back().tensor().shape[0];
+  call.keys = held.emplace_back(keys.first).matrix(keys.second);
+  call.temperature = temperature;
+  if (owned != call.batch || call.keys.columns != dim || call.keys.dtype == DType::float64)
+    throw py::value_error("expected queries and keys of one width, and an own score for each query");
+  call.members = pairs(held, slot, row, call.keys.rows, call.batch);
+  call.absent = pairs(held, absent_slot, absent_row, call.keys.rows, call.batch);
+  py::array_t<float> top(call.batch), direction({differentiate ? call.batch : 0, dim});
+  py::array_t<double> sum(call.batch), score(static_cast<py::ssize_t>(call.members.slot.size()));
+  const cpu::ContrastAnswer answer{top.mutable_data(), sum.mutable_data(),
+                                   differentiate ? direction.mutable_data() : nullptr, score.mutable_data()};
+  const cpu::Kernels& kernels = cpu::choose(isa);
+  run(threads, [&](const cpu::Control& control) { cpu::contrast(kernels, call, control, answer); });
+  return py::make_tuple(top, sum, direction, score);
+}
+
 py::list list_isas() {
   py::list found;
   for (const cpu::Isa& isa : cpu::isas()) found.append(py::make_tuple(isa.name, isa.runs_here()));
@@ -202,6 +247,9 @@ PYBIND11_MODULE(_cpu, module) {
              py::arg("mask"), py::arg("trace"), py::arg("threads"));
   module.def("select", &python::select, py::arg("plan"), py::arg("similarities"), py::arg("mask"), py::arg("trace"),
              py::arg("threads"));
+  module.def("contrast", &python::contrast, py::arg("query"), py::arg("own"), py::arg("keys"), py::arg("slot"),
+             py::arg("row"), py::arg("absent_slot"), py::arg("absent_row"), py::arg("temperature"),
+             py::arg("differentiate"), py::arg("isa"), py::arg("threads"));
   module.def("isas", &python::list_isas, "Instruction sets built in, best first, and whether this machine has each.");
   module.def(
       "chosen_isa", [](const std::string& name) { return std::string(cpu::choose(name).name); }, py::arg("name"));
