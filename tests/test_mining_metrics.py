@@ -1,11 +1,13 @@
 """Mining figures against plain counting, the worth of views, the objective against its formula, offline tables."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 import cascade_engine as ce
-from cascade_engine.errors import CascadeError, NotFound, SchemaMismatch
+from cascade_engine.errors import CascadeError, InvalidInput, NotFound, SchemaMismatch
 from cascade_engine.mining import Positives
 from cascade_engine.training.config import LossConfig, PhaseConfig
 from cascade_engine.training.metrics import MiningMetrics, worth
@@ -189,6 +191,31 @@ def test_spoilt_clips_are_negatives_of_every_query():
     batch, bank = contrast(VIDEOS, spoilt=extra)
     got = objective()(batch, bank, mining=True, generator=None)
     assert torch.allclose(got.loss.double(), formula(batch, bank, "rgb", siblings(batch, bank), extra), atol=1e-5)
+
+
+def test_keys_of_the_batch_are_negatives_and_the_own_key_is_none():
+    """All views' keys of the whole batch come along; here the queries are the first three of five."""
+    rest = unit(2, 4, seed=11)
+    batch, bank = contrast(VIDEOS)
+    own = batch.keys["rgb"]
+    companions = {"rgb": torch.cat([own, rest]), "flow": unit(5, 4, seed=12)}
+    batch = replace(batch, companions=companions, companion_id=torch.tensor([0, 1, 9, 20, 21]))
+    asked = replace(objective(), loss=LossConfig(in_batch=True, siblings="ignore"))
+    got = asked(batch, bank, mining=True, generator=None)
+    keys = torch.cat([own, rest, bank.keys["rgb"]])
+    video = torch.cat([batch.companion_id, torch.as_tensor(bank.video_id)])
+    scores = (batch.query @ keys.T).double() / 0.07
+    mine = (batch.query * own).sum(1).double() / 0.07
+    others = scores.masked_fill(batch.video_id[:, None] == video[None], -torch.inf)
+    want = (torch.cat([mine[:, None], others], 1).logsumexp(1) - mine).mean()
+    assert torch.allclose(got.loss.double(), want, atol=1e-5)
+    nothing = ce.Bank({view: keys[:0] for view, keys in bank.keys.items()}, torch.zeros(0, dtype=torch.int64))
+    assert asked(batch, nothing, mining=False, generator=None).loss > 0.1
+
+
+def test_keys_of_the_batch_need_siblings_left_out():
+    with pytest.raises(InvalidInput, match="in_batch: expected siblings = 'ignore'"):
+        LossConfig(in_batch=True)
 
 
 def test_labels_as_positives():

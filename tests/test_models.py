@@ -82,6 +82,18 @@ def test_a_group_does_not_see_the_clips_of_another():
     assert not torch.equal(plain(clips)[:2], plain(changed)[:2])
 
 
+@pytest.mark.parametrize("name", ["small3d", "r3d18", "s3d"])
+def test_group_norm_sees_one_clip_and_computes_alike_in_training_and_evaluation(name):
+    clips = torch.randn(2, 3, 8, 32, 32)
+    encoder = build_encoder(name, 3, norm="group").train()
+    if name == "s3d":  # no dropout in its features, but a check that none is left
+        assert not any(isinstance(each, torch.nn.BatchNorm3d) for each in encoder.modules())
+    with torch.no_grad():
+        both, alone = encoder(clips), encoder(clips[:1])
+        assert torch.allclose(both[:1], alone, atol=1e-5)
+        assert torch.equal(both, encoder.eval()(clips))
+
+
 def test_momentum_encoder_follows_slowly_and_has_no_gradients():
     encoder = build_encoder("small3d", 2)
     keys = MomentumEncoder(encoder, 0.9)

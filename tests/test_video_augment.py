@@ -83,6 +83,25 @@ def test_all_views_get_the_same_crop_and_motion_grows_with_it():
     torch.testing.assert_close(rgb[:, 0, 0, 15:17, 0].mean(1), draws.centre[:, 1], atol=0.05, rtol=0)
 
 
+def test_tempo_and_drift_change_displacements_alone(clips):
+    stored = {name: array // 4 for name, array in clips.items()}  # far from the clamp
+    made = Augment(size=24, flip=0.0, tempo=0.5, drift=0.25, **STILL)(stored, torch.Generator().manual_seed(0))
+    for name, view in VIEWS.items():
+        plain = centre(name, stored[name], 24)
+        if not view.displaces:
+            torch.testing.assert_close(made[name], plain, atol=1e-5, rtol=0)
+            continue
+        for clip, was in zip(made[name], plain, strict=True):
+            low = was.flatten(1).min(1)
+            high = was.flatten(1).max(1)
+            factor = (clip.flatten(1).amax(1) - clip.flatten(1).amin(1)) / (high.values - low.values)
+            assert 1 / 1.5 <= factor[0] <= 1.5
+            torch.testing.assert_close(factor[0], factor[1], atol=1e-4, rtol=0)
+            added = (clip - factor[0] * was).flatten(1)
+            assert added.std(1).max() < 1e-4  # the same for all pixels and frames
+            assert 0 < added.mean(1).abs().max() <= 0.25
+
+
 def test_grayscale_leaves_no_colour(clips):
     made = Augment(size=16, grayscale=1.0, jitter=0.0)(clips, torch.Generator().manual_seed(0))["rgb"]
     torch.testing.assert_close(made, made[:, :1].expand_as(made), atol=2e-3, rtol=0)

@@ -9,7 +9,7 @@ from torch import nn
 
 from cascade_engine.errors import InvalidInput
 from cascade_engine.models.backbones import r2plus1d18, r3d18, s3d, small3d
-from cascade_engine.models.norm import group_batch_norm
+from cascade_engine.models.norm import Norm, group_batch_norm, with_group_norm
 
 # name -> backbone of so many input channels, and the width of its features
 ENCODERS: dict[str, Callable[[int], tuple[nn.Module, int]]] = {
@@ -46,13 +46,14 @@ class Encoder(nn.Module):
         return nn.functional.normalize(projected.float(), dim=1)
 
 
-def build_encoder(name: str, channels: int, *, dim: int = 128, norm_groups: int = 1) -> Encoder:
+def build_encoder(name: str, channels: int, *, dim: int = 128, norm: Norm = "batch", norm_groups: int = 1) -> Encoder:
     """A freshly initialised encoder; torch's default generator draws its weights.
 
     Args:
         name: one of `ENCODERS`.
         channels: of the view: 3 for rgb, 2 for flow.
         dim: width of the embedding.
+        norm: ``"batch"``, or ``"group"``: group norm instead, which sees one clip alone.
         norm_groups: in training, batch norm takes its statistics over this many groups of the batch (see
             `group_batch_norm`). The weights' names do not depend on it.
 
@@ -66,4 +67,5 @@ def build_encoder(name: str, channels: int, *, dim: int = 128, norm_groups: int 
             f"encoder: expected channels, dim and norm_groups of at least 1, got {channels}, {dim}, {norm_groups}"
         )
     backbone, width = ENCODERS[name](channels)
-    return group_batch_norm(Encoder(backbone, width, dim), norm_groups)
+    encoder = Encoder(backbone, width, dim)
+    return with_group_norm(encoder) if norm == "group" else group_batch_norm(encoder, norm_groups)

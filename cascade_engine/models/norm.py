@@ -7,12 +7,16 @@ groups of the batch, with the keys in another order, so that a query and its key
 
 from __future__ import annotations
 
-from typing import TypeVar
+import math
+from typing import Literal, TypeAlias, TypeVar
 
 import torch
 from torch import nn
 
 Module = TypeVar("Module", bound=nn.Module)
+Norm: TypeAlias = Literal["batch", "group"]
+
+GROUPS = 8  # of group norm, where they divide the channels
 
 
 class GroupedBatchNorm3d(nn.BatchNorm3d):
@@ -44,6 +48,20 @@ class GroupedBatchNorm3d(nn.BatchNorm3d):
             self.running_var.lerp_(variances.mean(0), share)
             self.num_batches_tracked += 1
         return torch.cat(done)
+
+
+def with_group_norm(module: Module) -> Module:
+    """Put group norm, of `GROUPS` groups, in the place of every 3D batch norm in `module`.
+
+    A clip's features then depend on that clip alone: nothing leaks, and training and evaluation compute the same.
+
+    Source: Wu & He, ECCV 2018.
+    """
+    for parent in list(module.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, nn.BatchNorm3d):
+                setattr(parent, name, nn.GroupNorm(math.gcd(GROUPS, child.num_features), child.num_features))
+    return module
 
 
 def group_batch_norm(module: Module, groups: int) -> Module:

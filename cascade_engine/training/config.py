@@ -47,6 +47,8 @@ class AugmentConfig:
     strength: float = option(0.4, "of the changes of brightness, contrast and saturation; a quarter of it for the hue")
     gray: float = option(0.2, "probability of gray, in rgb")
     blur: float = option(0.0, "probability of a blur, in rgb")
+    tempo: float = option(0.0, "displacements of flow become up to 1 + x times as large or as small")
+    drift: float = option(0.0, "displacement added to all of a clip, as if the camera moved; 1: 20 of 128 pixels")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +58,7 @@ class ModelConfig:
     encoder: str = option("small3d", f"one of {', '.join(ENCODERS)}")
     dim: int = option(128, "width of the embedding that is mined and contrasted")
     momentum: float = option(0.999, "of the key encoder")
+    norm: Literal["batch", "group"] = option("batch", "batch norm, or group norm, which knows one clip alone")
     norm_groups: int = option(2, "groups of a batch that batch norm is taken over, keys shuffled among them; 1: plain")
 
     def __post_init__(self) -> None:
@@ -87,11 +90,14 @@ class LossConfig:
     negatives: tuple[Literal["repeat", "shuffle"], ...] = option(
         (), "the query's own clip, spoilt in time, as further negatives: repeat, shuffle"
     )
+    in_batch: bool = option(False, "the keys of the batch's other videos are negatives too, beside the bank's")
 
     def __post_init__(self) -> None:
-        """Refuse what is out of range."""
+        """Refuse what is out of range, and own keys as siblings of themselves."""
         if self.temperature <= 0:
             raise InvalidInput(f"temperature: expected a number above 0, got {self.temperature}")
+        if self.in_batch and self.siblings != "ignore":
+            raise InvalidInput(f"in_batch: expected siblings = 'ignore' beside it, got {self.siblings!r}")
 
 
 @dataclass(frozen=True, kw_only=True)

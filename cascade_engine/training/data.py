@@ -78,4 +78,6 @@ def augmentation(config: TrainConfig) -> Augment:
         hue=told.strength / 4,
         grayscale=told.gray,
         blur=told.blur,
+        tempo=told.tempo,
+        drift=told.drift,
     )

@@ -153,6 +153,8 @@ def forward(state: PhaseState, batch: Batch, world: World, device: torch.device)
         video_id=rows.to(device),
         label=torch.from_numpy(state.label)[rows].to(device),
         spoilt=spoilt,
+        companions=state.keys if state.config.loss.in_batch else None,
+        companion_id=batch.rows.to(device),
     )
     drop: torch.Generator | None = None
     if isinstance(state.config.loss.self_positive, float):

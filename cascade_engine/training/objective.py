@@ -26,6 +26,8 @@ class Contrast:
         video_id: (B,) of the queries.
         label: (B,) of the queries, -1 where unknown; read where the phase is supervised, and nowhere else.
         spoilt: (M, D), further negatives of every query, or None.
+        companions: view to (N, D), the keys of the whole batch, of which those of other videos are negatives; or None.
+        companion_id: (N,) their videos.
     """
 
     query: torch.Tensor
@@ -33,6 +35,8 @@ class Contrast:
     video_id: torch.Tensor
     label: torch.Tensor
     spoilt: torch.Tensor | None = None
+    companions: Mapping[str, torch.Tensor] | None = None
+    companion_id: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +101,8 @@ class Objective:
     def _loss(
         self, batch: Contrast, bank: Bank, found: Positives | None, view: str, generator: torch.Generator | None
     ) -> torch.Tensor:
+        if batch.companions is not None:
+            bank = with_negatives(bank, view, batch.companions[view], batch.companion_id)
         if batch.spoilt is not None and view == self.phase.train:
             bank = with_negatives(bank, view, batch.spoilt)
         nothing = torch.full((len(batch.query), 1), -1, device=batch.query.device)
@@ -115,13 +121,13 @@ class Objective:
         )
 
 
-def with_negatives(bank: Bank, view: str, negatives: torch.Tensor) -> Bank:
-    """The bank's keys of one view, and `negatives` (M, D) after them, of no video that any query has."""
+def with_negatives(bank: Bank, view: str, negatives: torch.Tensor, video_id: torch.Tensor | None = None) -> Bank:
+    """The bank's keys of one view, and `negatives` (M, D) after them; without `video_id` (M,) they are nobody's."""
     keys = torch.as_tensor(bank.keys[view])
-    nobody = torch.full((len(negatives),), -2, device=keys.device)
+    whose = torch.full((len(negatives),), -2) if video_id is None else video_id
     return Bank(
         {view: torch.cat([keys, negatives.to(keys)])},
-        torch.cat([torch.as_tensor(bank.video_id), nobody]),
+        torch.cat([torch.as_tensor(bank.video_id), whose.to(keys.device)]),
         metric=bank.metric,
         checked=True,
         guard=bank.ensure_fresh,

@@ -101,10 +101,10 @@ def start_weights(run: Run, number: int) -> tuple[Encoder, dict[str, Encoder]]:
 
 def make_initial(run: Run) -> None:
     """Draw every view's first weights from the seed and keep them as the phase ``initial``."""
-    config = run.config
+    config, model = run.config, run.config.model
     encoders = {}
     with torch.random.fork_rng(devices=[]):
         for number, view in enumerate(config.views):
             torch.manual_seed(config.seed * 1009 + number)
-            encoders[view] = build_encoder(config.model.encoder, channels(view), dim=config.model.dim)
+            encoders[view] = build_encoder(model.encoder, channels(view), dim=model.dim, norm=model.norm)
     run.save_encoders(INITIAL, encoders)

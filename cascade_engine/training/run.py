@@ -152,7 +152,7 @@ class Run:
         source = self.trained_in(view, phase)
         state = checkpoint.load(self.phase_path(source))
         model = self.config.model
-        encoder = build_encoder(model.encoder, channels(view), dim=model.dim)
+        encoder = build_encoder(model.encoder, channels(view), dim=model.dim, norm=model.norm)
         if view not in state["encoders"]:
             raise CheckpointError(f"{self.phase_path(source)}: expected the view {view!r}, got none")
         load_weights(encoder, state["encoders"][view], str(self.phase_path(source)))

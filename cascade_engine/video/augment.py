@@ -36,6 +36,8 @@ class Draws:
     colour: torch.Tensor  # (B, 3, 3) applied to RGB
     contrast: torch.Tensor  # (B,) around the clip's mean
     blur: torch.Tensor  # (B,) standard deviation in output pixels, 0 for none
+    tempo: torch.Tensor  # (B,) factor of displacements
+    drift: torch.Tensor  # (B, 2) added to displacements, x and y, in [-1, 1]
 
     def __len__(self) -> int:
         """Number of clips B."""
@@ -64,12 +66,14 @@ class Augment:
     grayscale: float = 0.2  # probability
     blur: float = 0.0  # probability
     sigma: tuple[float, float] = (0.1, 2.0)  # of the blur, in output pixels
+    tempo: float = 0.0  # displacements are divided or multiplied by up to 1 + x
+    drift: float = 0.0  # a camera's movement added to displacements, up to x of their range
 
     def __post_init__(self) -> None:
         """Refuse what cannot be drawn."""
         chances = (self.flip, self.jitter, self.grayscale, self.blur)
         ranges = ((0.0, *self.area, 1.0), (1e-3, *self.ratio, 1e3), (1e-3, *self.sigma, 1e3))
-        spread = (self.brightness, self.contrast, self.saturation, self.hue)
+        spread = (self.brightness, self.contrast, self.saturation, self.hue, self.tempo, self.drift)
         if self.size < 1 or any(not 0 <= chance <= 1 for chance in (*chances, *spread)):
             raise InvalidInput(f"augment: expected a size of at least 1 and shares in [0, 1], got {self}")
         if self.area[0] <= 0 or any(list(values) != sorted(values) for values in ranges):
@@ -91,7 +95,11 @@ class Augment:
         saturation = torch.where(pick(0, 1) < self.grayscale, 0 * one, factors[2])
         blur = torch.where(pick(0, 1) < self.blur, pick(*self.sigma), 0 * one)
         colour = _colour_matrix(saturation, turn) * factors[0][:, None, None]
-        return Draws(half=half, centre=centre, flip=flip, colour=colour, contrast=factors[1], blur=blur)
+        tempo = torch.exp(pick(-1, 1) * math.log1p(self.tempo))
+        drift = torch.stack([pick(-1, 1), pick(-1, 1)], dim=1) * self.drift
+        return Draws(
+            half=half, centre=centre, flip=flip, colour=colour, contrast=factors[1], blur=blur, tempo=tempo, drift=drift
+        )
 
     def apply(self, view: str, clips: Array, draws: Draws) -> torch.Tensor:
         """Vary one view of a batch of clips as drawn.
@@ -115,8 +123,9 @@ class Augment:
         theta[:, :, 2] = draws.centre.to(stored.device)
         pictures = _sampled(_planes(view, stored), theta, self.size, float(half.min()))
         if VIEWS[view].displaces:
-            stretch = torch.stack([signed / half[:, 0], 1 / half[:, 1]], dim=1)
-            pictures = (pictures * stretch[:, None, :, None, None]).clamp(-1, 1)
+            tempo, drift = draws.tempo.to(stored.device), draws.drift.to(stored.device)
+            stretch = torch.stack([signed / half[:, 0], 1 / half[:, 1]], dim=1) * tempo[:, None]
+            pictures = (pictures * stretch[:, None, :, None, None] + drift[:, None, :, None, None]).clamp(-1, 1)
         if view == "rgb":
             pictures = _blurred(_recoloured(pictures, draws), draws.blur)
         return pictures.transpose(1, 2).contiguous()
