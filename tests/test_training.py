@@ -243,6 +243,7 @@ def test_checkpoints_are_pruned_and_half_a_file_is_never_seen(tmp_path):
         {"phase": (replace(PHASES[1], positives="labels", plan="", oracles=()),)},
         {"loss": LossConfig(reduction="mean_log", self_positive="never", siblings="negative")},
         {"clip": ClipConfig(frames=3, size=16, stride=2, two_clips=False), "model": ModelConfig(dim=8, norm_groups=1)},
+        {"loss": LossConfig(in_batch=True, siblings="ignore"), "model": ModelConfig(dim=8, norm="group")},
     ],
 )
 def test_options_train(tmp_path, changes):
@@ -369,12 +370,13 @@ def together(tmp_path, config, *, die=0, count=24):
     return [(process.communicate(timeout=120)[1], process.returncode)[::-1] for process in started]
 
 
-def test_two_processes_train_as_one(tmp_path):
+@pytest.mark.parametrize("loss", [LossConfig(), LossConfig(in_batch=True, siblings="ignore")])
+def test_two_processes_train_as_one(tmp_path, loss):
     """To rounding, where the positives do not hang on it: own keys, then labels; mining may decide a tie otherwise."""
     # 23 training videos, not 20: batches of 8, 8 and 7, so the shares of the last are 4 and 3
     phases = (PHASES[0], replace(PHASES[1], positives="labels"))
-    alone = ce.train(small(tmp_path / "a", phase=phases), cache=MovingSquares(count=27))
-    for code, errors in together(tmp_path, small(tmp_path / "b", phase=phases), count=27):
+    alone = ce.train(small(tmp_path / "a", phase=phases, loss=loss), cache=MovingSquares(count=27))
+    for code, errors in together(tmp_path, small(tmp_path / "b", phase=phases, loss=loss), count=27):
         assert code == 0, errors
     both = Run.open(tmp_path / "b" / "run")
     for one, other in zip(alone.metrics, both.metrics, strict=True):
