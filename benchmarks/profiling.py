@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 import cascade_engine as ce
+from cascade_engine.tracing import engine_spans
 
 from .inputs import Case, make
 from .timing import pinned
@@ -34,7 +35,11 @@ def write_trace(path: Path, case: Case, *, threads: int, backend: str | None) ->
 
     with pinned(threads):
         step(0)
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        with (
+            torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler,
+            engine_spans() as spans,
+        ):
             for number in range(_STEPS):
                 step(number)
     profiler.export_chrome_trace(str(path))
+    spans.add_to(path)

@@ -119,8 +119,15 @@ def test_the_trace_holds_the_engines_phases(tmp_path):
     to = tmp_path / "trace.json"
     done = CliRunner().invoke(command, ["mining", "--quick", "--profile", str(to)], catch_exceptions=False)
     assert done.exit_code == 0
-    names = {event.get("name") for event in json.loads(to.read_text())["traceEvents"]}
-    assert {"cascade::mine", "cascade::loss", "cascade::push"} <= names
+    ranges: dict[str, list[tuple[float, float]]] = {}
+    for event in json.loads(to.read_text())["traceEvents"]:
+        if event.get("ph") == "X":
+            ranges.setdefault(event["name"], []).append((event["ts"], event["ts"] + event["dur"]))
+    assert {f"cascade::{name}" for name in ("mine", "score", "select", "repair", "loss", "push")} <= set(ranges)
+    slack = 500  # microseconds between the two clocks
+    for name in ("score", "select", "repair"):
+        for begin, end in ranges[f"cascade::{name}"]:
+            assert any(b - slack <= begin <= end <= e + slack for b, e in ranges["cascade::mine"]), name
 
 
 def test_the_loss_is_judged_and_timed(tmp_path, monkeypatch):

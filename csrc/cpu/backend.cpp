@@ -5,6 +5,7 @@
 
 #include "cpu/exact.hpp"
 #include "cpu/fast.hpp"
+#include "cpu/spans.hpp"
 
 namespace cascade::cpu {
 namespace {
@@ -95,6 +96,7 @@ void exact_queries(const MineCall& call, std::span<const int64_t> rows) {
   ExactCascade cascade(call.stages, static_cast<int64_t>(call.queries.size()), call.bank->size());
   for (const int64_t row : rows) {
     if (should_stop()) return;
+    const Span span(Phase::repair);
     for (size_t view = 0; view < call.queries.size(); ++view)
       if (call.queries[view].data != nullptr)
         cascade.view(static_cast<int64_t>(view)).bind(*call.bank, static_cast<int32_t>(view), call.queries[view], row);

@@ -12,6 +12,7 @@
 #include <limits>
 
 #include "cpu/fast.hpp"
+#include "cpu/spans.hpp"
 
 namespace cascade::cpu {
 namespace {
@@ -108,8 +109,7 @@ class Dense {
   void run(int64_t begin, int64_t end) {
     for (int64_t first = begin; first < end && !should_stop(); first += at_once_) {
       const int64_t count = std::min(at_once_, end - first);
-      pack(first, count);
-      if (!score()) return;
+      if (!score(first, count)) return;
       for (int64_t i = 0; i < count; ++i) cascade(first + i, i);
     }
   }
@@ -148,7 +148,9 @@ class Dense {
   }
 
   // Every view's scores of all keys. Runs of key blocks stay in the cache while all groups of queries pass over them.
-  bool score() {
+  bool score(int64_t first, int64_t count) {
+    const Span span(Phase::score);
+    pack(first, count);
     for (size_t view = 0; view < views_.size(); ++view) {
       const Packed16& packed = *views_[view];
       const int64_t block_bytes = packed.steps() * lanes16 * 4;
@@ -233,6 +235,7 @@ class Dense {
 
   // One query's stages. Candidates are columns: first all positions, then lists, compacted in place.
   void cascade(int64_t row, int64_t query) {
+    const Span span(Phase::select);
     for (size_t view = 0; view < call_.queries.size(); ++view)
       if (call_.queries[view].data != nullptr)
         exact_.view(static_cast<int64_t>(view)).bind(*call_.bank, static_cast<int32_t>(view), call_.queries[view], row);
@@ -252,6 +255,7 @@ class Dense {
       listed = true;
       if (last) break;
     }
+    const Span repair(Phase::repair);
     if (!listed) return exact_.run(exact_.eligible(), 0, *call_.answer);
     scratch_.alive.resize(alive);
     for (int64_t i = 0; i < alive; ++i) scratch_.alive[i] = layout_.slot(scratch_.position[i]);
@@ -299,6 +303,7 @@ class Dense {
     scratch_.band_score.resize(found.open);
     for (int64_t i = 0; i < found.open; ++i) scratch_.band[i] = layout_.slot(open.position[i]);
     if (wanted < found.open && wanted > 0) {
+      const Span repair(Phase::repair);
       exact_.scores(stage, scratch_.band, scratch_.band_score.data());
       for (int64_t i = 0; i < found.open; ++i)
         scratch_.ranked_band[i] = {{scratch_.band_score[i], scratch_.band[i]}, i};

@@ -11,6 +11,7 @@
 #include "cpu/backend.hpp"
 #include "cpu/contrast.hpp"
 #include "cpu/isa.hpp"
+#include "cpu/spans.hpp"
 #include "python/dlpack.hpp"
 
 namespace py = pybind11;
@@ -231,6 +232,14 @@ py::list list_isas() {
   return found;
 }
 
+py::list take_spans() {
+  static constexpr const char* names[] = {"score", "select", "repair"};
+  py::list found;
+  for (const cpu::NotedSpan& span : cpu::take_spans())
+    found.append(py::make_tuple(names[static_cast<int>(span.phase)], span.thread, span.begin, span.end));
+  return found;
+}
+
 }  // namespace
 }  // namespace cascade::python
 
@@ -250,6 +259,8 @@ PYBIND11_MODULE(_cpu, module) {
   module.def("contrast", &python::contrast, py::arg("query"), py::arg("own"), py::arg("keys"), py::arg("slot"),
              py::arg("row"), py::arg("absent_slot"), py::arg("absent_row"), py::arg("temperature"),
              py::arg("differentiate"), py::arg("isa"), py::arg("threads"));
+  module.def("note_spans", [](bool on) { cpu::noting_spans.store(on); }, py::arg("on"));
+  module.def("take_spans", &python::take_spans, "(phase, thread, begin, end) noted, in nanoseconds of monotonic time.");
   module.def("isas", &python::list_isas, "Instruction sets built in, best first, and whether this machine has each.");
   module.def(
       "chosen_isa", [](const std::string& name) { return std::string(cpu::choose(name).name); }, py::arg("name"));
