@@ -132,8 +132,7 @@ def _scan(
     if query.dtype == torch.float32 and query.device.type == "cpu" and cpu.unavailable() is None:
         arrays = (each.detach().contiguous() for each in (query, own, slot, row, absent_slot, absent_row))
         found = cpu.contrast(*arrays, keys=to_host(keys, "keys"), temperature=temperature, differentiate=differentiate)
-        # Copied into torch's own memory: its logarithms round by the alignment of what they read.
-        top, total, direction, score = (torch.from_numpy(each).clone() for each in found)
+        top, total, direction, score = map(torch.from_numpy, found)
         return _Scan(top, total, direction if differentiate else None, score)
     scan = _Scan(
         top=own.clone(),
