@@ -8,7 +8,8 @@ Where P holds nearly all of the mass, loss and gradient are small differences of
 kept out of the running sums: with N everything else, the loss is log(1 + exp(LSE_N - LSE_P)), a score of N has the
 gradient softmax over all, and one of P minus its softmax within P times N's share of the mass. Nothing cancels.
 
-The operator is `torch.ops.cascade_engine.nce`, known to autograd and to `torch.compile`.
+The operator is `torch.ops.cascade_engine.nce`, known to autograd and to `torch.compile`. On a GPU, float32 queries take
+one launch of a fused kernel where the CUDA backend is there.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cascade_engine.kernels import cpu
+from cascade_engine.kernels import cpu, cuda
 from cascade_engine.tensor import to_host
 
 TILE_VALUES = 1 << 19  # scores held at a time, 2 MiB; 2^18 to 2^20 were equally fast
@@ -45,6 +46,20 @@ def nce(
 
     A query whose P is empty has loss 0. Without `differentiate` the gradients are empty.
     """
+    if query.device.type == "cuda" and query.dtype == torch.float32 and cuda.unavailable() is None:
+        found: tuple[Tensor, Tensor, Tensor] = cuda.engine().contrast(
+            query,
+            own,
+            keys,
+            (slot, row),
+            (absent_slot, absent_row),
+            drop,
+            temperature=temperature,
+            own_positive=own_positive,
+            mean_log=mean_log,
+            differentiate=differentiate,
+        )
+        return found
     with torch.autocast(query.device.type, enabled=False):  # the products are of the query's own type
         scan = _scan(query, own, keys, slot, row, absent_slot, absent_row, temperature, differentiate)
         mine, score = own.double(), scan.score

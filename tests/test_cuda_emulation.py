@@ -200,6 +200,27 @@ def test_emulated_backend_refuses_what_a_launch_cannot_carry(native):
     assert emulated.counters(native)["launches"] == 0
 
 
+@pytest.mark.parametrize("metric", ["ip", "cosine", "l2"])
+def test_emulated_queue_packs_only_what_a_push_brought(native, metric):
+    rng = np.random.default_rng(4)
+    emulated.schedule(native, 6)
+    plan = ce.CascadePlan.parse("a:50%,a:7")
+    queue = ce.KeyQueue(90, {"a": 20}, metric=metric)
+    queries = {"a": rng.standard_normal((2, 20)).astype(np.float32)}
+    for step, (rows, size) in enumerate([(90, 1), (17, 1), (80, 1e-3), (9, 300), (200, 1)]):  # 300: longer than any
+        rows_pushed = (size * rng.standard_normal((rows, 20))).astype(np.float32)
+        queue.push({"a": emulated.tensor(rows_pushed)}, np.arange(rows))
+        bank = queue.bank()
+        emulated.reset_counters(native)
+        found = emulated.mine_bank(native, plan, queries, bank)
+        want = ce.mine(plan, queries, ce.Bank({"a": bank.host_keys("a")}, metric=metric), backend="reference")
+        np.testing.assert_array_equal(found.index, want.index)
+        np.testing.assert_array_equal(found.similarity, want.similarity)
+        wraps = step in (2, 4)  # runs of slots that pass the end of the ring
+        packing = (1 if metric == "cosine" else 2) if step == 0 else 1 + wraps
+        assert emulated.counters(native)["launches"] == 2 + packing
+
+
 @pytest.mark.parametrize(("split_keys", "launches"), [(1 << 15, 2), (50, 3)])
 def test_emulated_mine_takes_few_launches(native, split_keys, launches):
     rng = np.random.default_rng(0)

@@ -28,6 +28,7 @@ OCCUPANCY = {
     "preselect": (256, 28_672, 3),
     "cascade_over_scores": (256, 8_192, 2),
     "exact_scores": (256, 8_192, 3),
+    "contrast_keys": (256, 34_816, 2),
     "pack_rows": (256, 0, 4),
     "measure_rows": (256, 0, 4),
 }
@@ -112,6 +113,7 @@ def test_machine_code_uses_tensor_cores_and_asynchronous_copies(compiled, arch):
 
 
 @pytest.mark.full
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("code", ["sm_75", "sm_86", "sm_89", "sm_100", "compute_80", "compute_90"])
 def test_every_other_architecture_compiles_without_a_warning(tmp_path, code):
     compile_for(tmp_path, code)

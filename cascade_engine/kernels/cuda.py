@@ -48,12 +48,17 @@ def detail() -> str:
 
 def mine(request: MineRequest) -> Selection:
     """Rank and select on the GPU."""
-    return Engine(_native()).mine(request)
+    return engine().mine(request)
 
 
 def select(request: SelectRequest) -> Selection:
     """Select on the GPU."""
-    return Engine(_native()).select(request)
+    return engine().select(request)
+
+
+def engine() -> Engine:
+    """The GPU's; only where `unavailable` says nothing."""
+    return Engine(_native())
 
 
 @cache
@@ -128,6 +133,64 @@ class Engine:
         _run(problem, scores[0].device)
         return out.selection()
 
+    def contrast(
+        self,
+        query: Any,
+        own: Any,
+        keys: Any,
+        members: tuple[Any, Any],
+        absent: tuple[Any, Any],
+        drop: Any,
+        *,
+        temperature: float,
+        own_positive: bool,
+        mean_log: bool,
+        differentiate: bool,
+    ) -> tuple[Any, Any, Any]:
+        """The operator of `cascade_engine.nce` in one launch.
+
+        Args:
+            query: (B, D) float32.
+            own: (B,) float32.
+            keys: (K, D).
+            members: slots and rows of P's members, by slot ascending.
+            absent: slots and rows of what is in neither sum.
+            drop: (B,) bool.
+            temperature: as the operator's, and so are the options after it.
+            own_positive: see there.
+            mean_log: see there.
+            differentiate: see there.
+
+        Raises:
+            CudaError: the launch failed.
+        """
+        import torch
+
+        loss = torch.empty(len(query), dtype=torch.float64, device=query.device)
+        to_query, to_own = query.new_empty((len(query) if differentiate else 0, query.shape[1])), query.new_empty(0)
+        if differentiate:
+            to_own = torch.empty_like(own, memory_format=torch.contiguous_format)
+        if len(query):
+            query, keys = _rows(query), _rows(keys)
+            own, drop = own.contiguous(), drop.contiguous()
+            lists = [tuple(each.contiguous() for each in pair) for pair in (members, absent)]
+            problem = self.native.Contrast(
+                queries=_describe(query),
+                keys=_describe(keys),
+                own=_address(own),
+                members=(*map(_address, lists[0]), len(lists[0][0])),
+                absent=(*map(_address, lists[1]), len(lists[1][0])),
+                drop=_address(drop),
+                temperature=temperature,
+                own_positive=own_positive,
+                mean_log=mean_log,
+                loss=_address(loss),
+                to_query=_address(to_query) if differentiate else 0,
+                to_own=_address(to_own) if differentiate else 0,
+            )
+            _run(problem, query.device)
+        return loss, to_query if differentiate else query.new_empty(0), to_own
+
     def _packed(self, bank: Bank, view: str) -> Packed:
         """The view's keys as halves, made at the bank's first search."""
         metric = METRICS.index(bank.metric)
@@ -159,18 +222,26 @@ class Packed:
 
         rows, columns = keys.shape
         device = keys.device
+        self.native, self.keys, self.metric = native, keys, metric
         self.halves = torch.empty((rows, native.packed_pitch(columns)), dtype=torch.float16, device=device)
         self.squares = torch.empty(rows, dtype=torch.float32, device=device)
         self.range = torch.zeros(native.PACKED_RANGE_BYTES, dtype=torch.uint8, device=device)
-        with _on(device):
-            native.pack(
-                keys=_describe(keys),
+        self._pack(0, rows, measure=True)
+
+    def update(self, first: int, count: int) -> None:
+        """Pack rows that a key queue has overwritten; the scale stays, and longer rows only widen the bounds."""
+        self._pack(first, count, measure=False)
+
+    def _pack(self, first: int, rows: int, *, measure: bool) -> None:
+        with _on(self.keys.device):
+            self.native.pack(
+                keys=_describe(self.keys),
                 packed=self.addresses(),
-                metric=metric,
-                first=0,
+                metric=self.metric,
+                first=first,
                 rows=rows,
-                measure=True,
-                stream=_stream(device),
+                measure=measure,
+                stream=_stream(self.keys.device),
             )
 
     def addresses(self) -> tuple[int, int, int]:

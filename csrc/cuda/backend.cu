@@ -30,6 +30,9 @@ struct StreamLauncher {
     kernel<<<grid, static_cast<unsigned>(threads), shared_bytes, stream>>>(arguments...);
     check(cudaGetLastError(), std::source_location::current());
   }
+  void clear(void* at, size_t bytes) const {
+    check(cudaMemsetAsync(at, 0, bytes, stream), std::source_location::current());
+  }
 };
 
 StreamLauncher on(void* stream) { return {static_cast<cudaStream_t>(stream)}; }
@@ -56,6 +59,14 @@ size_t select_workspace(const SelectProblem& problem) {
 void select(const SelectProblem& problem, void* workspace, void* stream) {
   auto launcher = on(stream);
   select_over(launcher, problem, workspace);
+}
+size_t contrast_workspace(const NceProblem& problem) {
+  NoLaunch none;
+  return contrast_over(none, problem, nullptr);
+}
+void contrast(const NceProblem& problem, void* workspace, void* stream) {
+  auto launcher = on(stream);
+  contrast_over(launcher, problem, workspace);
 }
 
 std::string unavailable() {

@@ -51,6 +51,28 @@ struct SelectProblem {
   int64_t workspace_limit;
 };
 
+// Pairs of a key's slot and a query, by slot ascending.
+struct NcePairs {
+  const int64_t* slot;  // [count]
+  const int64_t* row;   // [count]
+  int64_t count;
+};
+
+// The contrastive loss with its gradients; what they are is defined in nce.py.
+struct NceProblem {
+  Matrix queries;    // [B, D] float32
+  Matrix keys;       // [K, D]
+  const float* own;  // [B] scores of the queries' own keys, divided by the temperature
+  NcePairs members;  // of P, own keys left out
+  NcePairs absent;   // keys in neither sum
+  const bool* drop;  // [B] the own key leaves P where P has another member
+  double temperature;
+  bool own_positive, mean_log;
+  double* loss;     // [B]
+  float* to_query;  // [B, D], or null where no gradients are wanted
+  float* to_own;    // [B], the same
+};
+
 // Halves per packed row of D columns.
 int64_t packed_pitch(int64_t columns);
 void pack(const PackProblem& problem, void* stream);
@@ -60,6 +82,8 @@ size_t mine_workspace(const MineProblem& problem);
 void mine(const MineProblem& problem, void* workspace, void* stream);
 size_t select_workspace(const SelectProblem& problem);
 void select(const SelectProblem& problem, void* workspace, void* stream);
+size_t contrast_workspace(const NceProblem& problem);
+void contrast(const NceProblem& problem, void* workspace, void* stream);
 
 // Why nothing can run here, or an empty text.
 std::string unavailable();

@@ -8,6 +8,7 @@
 #include "cuda/backend.hpp"
 #include "cuda/cascade_bounded.cuh"
 #include "cuda/cascade_exact.cuh"
+#include "cuda/contrast.cuh"
 
 namespace cascade::cuda {
 
@@ -32,6 +33,7 @@ class Arena {
 struct NoLaunch {
   template <class... Ignored>
   void launch(const Ignored&...) const {}
+  void clear(void* /*at*/, size_t /*bytes*/) const {}
 };
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -266,6 +268,28 @@ size_t mine_over(Launcher& launcher, const MineProblem& p, void* workspace) {
   }
   return widest(p) <= kWidePitch ? mine_by_bounds<WideShape>(launcher, p, workspace)
                                  : mine_by_bounds<NarrowShape>(launcher, p, workspace);
+}
+
+// One launch, and zeros for what its blocks count.
+template <class Launcher>
+size_t contrast_over(Launcher& launcher, const NceProblem& p, void* workspace) {
+  const int64_t query_tiles = ceil_div(p.queries.rows, kNceQueries), key_tiles = ceil_div(p.keys.rows, kNceKeys);
+  const int64_t most = std::clamp<int64_t>(key_tiles, 1, kNceSplits);
+  const int64_t runs = std::clamp<int64_t>(kTargetBlocks / std::max<int64_t>(query_tiles, 1), 1, most);
+  Arena arena(workspace);
+  NceSpace space{};
+  space.rows = query_tiles * kNceQueries;
+  space.arrived = arena.take<uint32_t>(query_tiles);
+  space.top = arena.take<float>(runs * space.rows);
+  space.sum = arena.take<double>(runs * space.rows);
+  space.score = arena.take<double>(p.members.count);
+  if (p.to_query != nullptr) {
+    space.direction = arena.take<float>(runs * space.rows * p.keys.columns);
+  }
+  launcher.clear(space.arrived, static_cast<size_t>(query_tiles) * sizeof(uint32_t));
+  launcher.launch(contrast_keys, dim3(static_cast<unsigned>(query_tiles), static_cast<unsigned>(runs)), kNceThreads,
+                  sizeof(NceShared), p, space);
+  return arena.used();
 }
 
 }  // namespace cascade::cuda

@@ -137,6 +137,35 @@ cuda::SelectProblem select_problem(const std::vector<StageTuple>& stages, const 
   return problem;
 }
 
+using Pairs = std::tuple<Address, Address, int64_t>;  // slots, rows, how many
+
+cuda::NceProblem nce_problem(const Tensor& queries, const Tensor& keys, Address own, const Pairs& members,
+                             const Pairs& absent, Address drop, double temperature, bool own_positive, bool mean_log,
+                             Address loss, Address to_query, Address to_own) {
+  const auto pairs = [](const Pairs& each) {
+    const auto& [slot, row, count] = each;
+    return cuda::NcePairs{pointer<const int64_t>(slot), pointer<const int64_t>(row), count};
+  };
+  cuda::NceProblem problem{};
+  problem.queries = matrix(queries);
+  problem.keys = matrix(keys);
+  if (problem.queries.rows < 1 || problem.queries.columns != problem.keys.columns ||
+      problem.queries.dtype != DType::float32) {
+    throw py::value_error("expected float32 queries, at least one, as wide as the keys");
+  }
+  problem.own = pointer<const float>(own);
+  problem.members = pairs(members);
+  problem.absent = pairs(absent);
+  problem.drop = pointer<const bool>(drop);
+  problem.temperature = temperature;
+  problem.own_positive = own_positive;
+  problem.mean_log = mean_log;
+  problem.loss = pointer<double>(loss);
+  problem.to_query = pointer<float>(to_query);
+  problem.to_own = pointer<float>(to_own);
+  return problem;
+}
+
 }  // namespace
 }  // namespace cascade::python
 
@@ -171,6 +200,17 @@ PYBIND11_MODULE(CASCADE_CUDA_MODULE, module) {
           "run",
           [](const cuda::SelectProblem& problem, python::Address workspace, python::Address stream) {
             cuda::select(problem, python::pointer<void>(workspace), python::pointer<void>(stream));
+          },
+          py::arg("workspace"), py::arg("stream"), release);
+  py::class_<cuda::NceProblem>(module, "Contrast", py::module_local())
+      .def(py::init(&python::nce_problem), py::kw_only(), py::arg("queries"), py::arg("keys"), py::arg("own"),
+           py::arg("members"), py::arg("absent"), py::arg("drop"), py::arg("temperature"), py::arg("own_positive"),
+           py::arg("mean_log"), py::arg("loss"), py::arg("to_query"), py::arg("to_own"))
+      .def("workspace", &cuda::contrast_workspace)
+      .def(
+          "run",
+          [](const cuda::NceProblem& problem, python::Address workspace, python::Address stream) {
+            cuda::contrast(problem, python::pointer<void>(workspace), python::pointer<void>(stream));
           },
           py::arg("workspace"), py::arg("stream"), release);
 }

@@ -12,6 +12,7 @@ struct FiberLauncher {
               const Arguments&... arguments) const {
     emulation::launch(grid, dim3(static_cast<unsigned>(threads)), shared_bytes, [=] { kernel(arguments...); });
   }
+  void clear(void* at, size_t bytes) const { std::memset(at, 0, bytes); }
 };
 
 }  // namespace
@@ -38,6 +39,15 @@ void select(const SelectProblem& problem, void* workspace, void* /*stream*/) {
   FiberLauncher launcher;
   std::memset(workspace, 0xFF, select_workspace(problem));
   select_over(launcher, problem, workspace);
+}
+size_t contrast_workspace(const NceProblem& problem) {
+  NoLaunch none;
+  return contrast_over(none, problem, nullptr);
+}
+void contrast(const NceProblem& problem, void* workspace, void* /*stream*/) {
+  FiberLauncher launcher;
+  std::memset(workspace, 0xFF, contrast_workspace(problem));
+  contrast_over(launcher, problem, workspace);
 }
 
 std::string unavailable() { return {}; }

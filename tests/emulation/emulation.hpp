@@ -385,6 +385,9 @@ inline void run_block(Block& b) {
   b.random.seed(settings().seed * 0x9E3779B97F4A7C15ull + b.index.x + 7919u * b.index.y + 104729u * b.index.z);
   b.fibers.assign(threads, Fiber{});
   char* base = stacks.take(threads);
+#if defined(__SANITIZE_ADDRESS__)
+  ASAN_UNPOISON_MEMORY_REGION(base, threads * settings().stack);  // fibers end in frames that never return
+#endif
   block() = &b;
   for (unsigned i = 0; i < threads; ++i) {
     Fiber& f = b.fibers[i];
@@ -473,6 +476,10 @@ T __shfl_xor_sync(unsigned mask, T value, int bits) {
 template <class T>
 T atomicAdd(T* at, T value) {
   return std::exchange(*at, static_cast<T>(*at + value));
+}
+template <class T>
+T atomicOr(T* at, T value) {
+  return std::exchange(*at, static_cast<T>(*at | value));
 }
 template <class T>
 T atomicMax(T* at, T value) {

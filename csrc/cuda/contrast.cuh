@@ -1,0 +1,355 @@
+// The contrastive loss and its gradients in one launch and one pass over the keys.
+//
+// As in attention, a running softmax over the keys also sums the keys themselves, weighted: that sum is the query's
+// gradient. Members of P are kept out of the running sums, since there loss and gradient would be small differences of
+// large numbers. Each block takes 16 queries and a run of keys; the last block of a query tile merges the runs, adds
+// the members, and writes. Sums are float32 in two levels (within 32 columns or 128 keys, then over those); what is
+// there once per query is float64.
+#pragma once
+
+#include "cuda/block.cuh"
+#include "cuda/pack.cuh"
+
+namespace cascade::cuda {
+
+constexpr int kNceThreads = 256;
+constexpr int kNceQueries = 16;  // of a block, two per warp
+constexpr int kNceKeys = 128;    // of a tile, four per lane
+constexpr int kNceDepth = 32;    // columns held at a time
+constexpr int kNceSplits = 64;   // runs of keys at most
+constexpr int kNceColumns = 128;
+
+struct NceShared {
+  float query[kNceQueries][kNceDepth];
+  float key[kNceKeys][kNceDepth + 1];   // one more column: lanes read down a column without bank conflicts
+  float weight[kNceKeys][kNceQueries];  // first the scores, then exp(score - top)
+  uint32_t skip[kNceKeys];              // bit q: the key does not count for query q
+  float shrink[kNceQueries];
+  double run_scale[kNceThreads / 32][kNceSplits];
+  uint32_t last;
+};
+
+static_assert(sizeof(NceShared) <= 34 * 1024, "two blocks fit an SM with 100 KiB");
+
+struct NceSpace {
+  uint32_t* arrived;  // [query tiles], zeros: blocks that are done
+  float* top;         // [runs, rows] what a run's weights are relative to
+  double* sum;        // [runs, rows] of a run's weights
+  float* direction;   // [runs, rows, D] a run's keys summed by their weights; null without gradients
+  double* score;      // [M] of the members of P
+  int64_t rows;       // B rounded up to whole tiles
+};
+
+// The first of the ascending numbers that is not under `bound`.
+__device__ inline int64_t first_from(const int64_t* ascending, int64_t count, int64_t bound) {
+  int64_t low = 0, high = count;
+  while (low < high) {
+    const int64_t middle = low + (high - low) / 2;
+    if (ops::load(ascending + middle) < bound) {
+      low = middle + 1;
+    } else {
+      high = middle;
+    }
+  }
+  return low;
+}
+
+// Marks the pairs first to last - 1 of a tile that belong to the block's queries as not counting.
+__device__ inline void mark_pairs(const NcePairs& pairs, int64_t first, int64_t last, int64_t key0, int64_t query0,
+                                  uint32_t* skip) {
+  for (int64_t m = first + threadIdx.x; m < last; m += kNceThreads) {
+    const int64_t query = ops::load(pairs.row + m) - query0;
+    if (query >= 0 && query < kNceQueries) {
+      atomicOr(skip + (ops::load(pairs.slot + m) - key0), 1u << query);
+    }
+  }
+}
+
+// Products of the block's queries with a tile of keys: of the warp's two queries with four keys a lane.
+__device__ inline void nce_products(const NceProblem& p, int64_t query0, int64_t key0, NceShared& shared,
+                                    float (&scores)[2][4]) {
+  const int thread = static_cast<int>(threadIdx.x), lane = thread & 31, warp = thread / 32;
+  for (int64_t d0 = 0; d0 < p.keys.columns; d0 += kNceDepth) {
+    __syncthreads();
+    for (int at = thread; at < (kNceQueries + kNceKeys) * kNceDepth; at += kNceThreads) {
+      const int line = at / kNceDepth, d = at % kNceDepth;
+      const bool is_query = line < kNceQueries;
+      const Matrix& side = is_query ? p.queries : p.keys;
+      const int64_t row = is_query ? query0 + line : key0 + line - kNceQueries;
+      const bool inside = row < side.rows && d0 + d < side.columns;
+      const float value = inside ? element(side.data, row * side.stride + d0 + d, side.dtype) : 0;
+      (is_query ? shared.query[line][d] : shared.key[line - kNceQueries][d]) = value;
+    }
+    __syncthreads();
+    float part[2][4] = {};
+#pragma unroll 8
+    for (int d = 0; d < kNceDepth; ++d) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const float key = shared.key[lane + 32 * j][d];
+        part[0][j] += shared.query[2 * warp][d] * key;
+        part[1][j] += shared.query[2 * warp + 1][d] * key;
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      scores[0][j] += part[0][j];
+      scores[1][j] += part[1][j];
+    }
+  }
+}
+
+// Adds the tile's keys, by their weights, to the run's direction; `fresh` where nothing is there yet.
+__device__ inline void add_directions(const NceProblem& p, float* direction, int64_t key0, bool fresh,
+                                      const NceShared& shared) {
+  constexpr int kMine = kNceQueries * kNceColumns / kNceThreads;
+  const int first = static_cast<int>(threadIdx.x) / kNceColumns * kMine;
+  const int64_t columns = p.keys.columns;
+  const int64_t inside = p.keys.rows - key0;
+  const int count = inside < kNceKeys ? static_cast<int>(inside) : kNceKeys;
+  for (int64_t d = threadIdx.x % kNceColumns; d < columns; d += kNceColumns) {
+    float sums[kMine] = {};
+    for (int k = 0; k < count; ++k) {
+      const float key = element(p.keys.data, (key0 + k) * p.keys.stride + d, p.keys.dtype);
+#pragma unroll
+      for (int i = 0; i < kMine; ++i) {
+        sums[i] += shared.weight[k][first + i] * key;
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kMine; ++i) {
+      float* const at = direction + (first + i) * columns + d;
+      ops::store(at, fresh ? sums[i] : ops::load(at) * shared.shrink[first + i] + sums[i]);
+    }
+  }
+}
+
+__device__ inline float largest_over_warp(float value) {
+  for (int lanes = 16; lanes > 0; lanes /= 2) {
+    const float other = __shfl_xor_sync(kAllLanes, value, lanes);
+    value = other > value ? other : value;
+  }
+  return value;
+}
+__device__ inline float float_sum_over_warp(float value) {
+  for (int lanes = 16; lanes > 0; lanes /= 2) {
+    value += __shfl_xor_sync(kAllLanes, value, lanes);
+  }
+  return value;
+}
+__device__ inline double log_add(double a, double b) {  // log(exp(a) + exp(b))
+  const double high = a > b ? a : b, low = a > b ? b : a;
+  return low == -INFINITY ? high : high + log1p(exp(low - high));
+}
+__device__ inline double sigmoid(double x) { return x < 0 ? exp(x) / (1 + exp(x)) : 1 / (1 + exp(-x)); }
+
+// What the scores of P's members come to, by a warp.
+struct Inside {
+  int64_t count;
+  double total, lse;  // of the members, own keys left out
+};
+
+__device__ inline Inside nce_members(const NceProblem& p, const NceSpace& space, int64_t query) {
+  float top = -INFINITY;
+  double count = 0, total = 0, sum = 0;
+  for (int64_t m = threadIdx.x & 31; m < p.members.count; m += 32) {
+    if (ops::load(p.members.row + m) == query) {
+      const double score = ops::load_shared_by_blocks(space.score + m);
+      count += 1;
+      total += score;
+      top = score > top ? static_cast<float>(score) : top;
+    }
+  }
+  top = largest_over_warp(top);
+  for (int64_t m = threadIdx.x & 31; m < p.members.count; m += 32) {
+    if (ops::load(p.members.row + m) == query) {
+      sum += exp(ops::load_shared_by_blocks(space.score + m) - top);
+    }
+  }
+  const double members = sum_over_warp(count);
+  total = sum_over_warp(total);
+  sum = sum_over_warp(sum);
+  return {static_cast<int64_t>(members), total, members > 0 ? top + log(sum) : -INFINITY};
+}
+
+// Adds the keys of P's members, by `weight(score)`, to a query's gradient, by a warp.
+template <class Weight>
+__device__ void add_members(const NceProblem& p, const NceSpace& space, int64_t query, Weight weight) {
+  const int lane = static_cast<int>(threadIdx.x & 31);
+  float* const to = p.to_query + query * p.keys.columns;
+  for (int64_t first = 0; first < p.members.count; first += 32) {
+    const int64_t mine = first + lane;
+    unsigned found = __ballot_sync(kAllLanes, mine < p.members.count && ops::load(p.members.row + mine) == query);
+    for (int64_t m = first; found != 0; found >>= 1, ++m) {
+      if (found & 1) {
+        const auto factor = static_cast<float>(weight(ops::load_shared_by_blocks(space.score + m)));
+        const int64_t from = ops::load(p.members.slot + m) * p.keys.stride;
+        for (int64_t d = lane; d < p.keys.columns; d += 32) {
+          ops::store(to + d, ops::load(to + d) + factor * element(p.keys.data, from + d, p.keys.dtype));
+        }
+      }
+    }
+  }
+}
+
+// Merges the runs of one query and writes its loss and gradients, by a warp; `scale` has room for a number per run.
+__device__ inline void finish_query(const NceProblem& p, const NceSpace& space, int64_t query, int runs,
+                                    double* scale) {
+  const int lane = static_cast<int>(threadIdx.x & 31);
+  const double own = ops::load(p.own + query);
+  float top = static_cast<float>(own);
+  for (int run = lane; run < runs; run += 32) {
+    const float other = ops::load_shared_by_blocks(space.top + run * space.rows + query);
+    top = other > top ? other : top;
+  }
+  top = largest_over_warp(top);
+  double sum = 0;
+  for (int run = lane; run < runs; run += 32) {
+    const double other = ops::load_shared_by_blocks(space.top + run * space.rows + query);
+    sum += ops::load_shared_by_blocks(space.sum + run * space.rows + query) * exp(other - top);
+  }
+  sum = sum_over_warp(sum);
+  const Inside inside = nce_members(p, space, query);
+  const bool kept = p.own_positive && !(inside.count > 0 && ops::load(p.drop + query));
+  const auto size = static_cast<double>(inside.count + (kept ? 1 : 0));
+  const double rest = log_add(top + log(sum), kept ? -INFINITY : own);
+  const double in = log_add(inside.lse, kept ? own : -INFINITY);
+  const double all = log_add(rest, in);
+  const bool counted = size > 0;
+  if (lane == 0) {
+    const double apart = rest - in;
+    const double by_mean = all - (inside.total + (kept ? own : 0)) / size;
+    const double by_sum = apart > 0 ? apart + log1p(exp(-apart)) : log1p(exp(apart));
+    ops::store(p.loss + query, !counted ? 0 : p.mean_log ? by_mean : by_sum);
+  }
+  if (p.to_query == nullptr) {
+    return;
+  }
+  const double share = sigmoid(rest - in);  // the mass outside P
+  const auto of_member = [&](double score) {
+    return p.mean_log ? exp(score - all) - 1 / size : -exp(score - in) * share;
+  };
+  if (lane == 0) {
+    ops::store(p.to_own + query, !counted ? 0.0F : static_cast<float>(kept ? of_member(own) : exp(own - all)));
+  }
+  for (int run = lane; run < runs; run += 32) {
+    const double other = ops::load_shared_by_blocks(space.top + run * space.rows + query);
+    scale[run] = counted ? exp(other - all) / p.temperature : 0;
+  }
+  __syncwarp();
+  for (int64_t d = lane; d < p.keys.columns; d += 32) {
+    float total = 0;
+    for (int run = 0; run < runs && p.keys.rows > 0; ++run) {
+      const float* const from = space.direction + (run * space.rows + query) * p.keys.columns + d;
+      total += static_cast<float>(scale[run]) * ops::load_shared_by_blocks(from);
+    }
+    ops::store(p.to_query + query * p.keys.columns + d, total);
+  }
+  __syncwarp();
+  if (counted) {
+    add_members(p, space, query, [&](double score) { return of_member(score) / p.temperature; });
+  }
+  __syncwarp();
+}
+
+// Losses and gradients of all queries. grid: (ceil(B / 16), runs of keys)
+__global__ void __launch_bounds__(kNceThreads, 2) contrast_keys(const NceProblem p, const NceSpace space) {
+  auto& shared = *reinterpret_cast<NceShared*>(ops::shared_memory());
+  const int thread = static_cast<int>(threadIdx.x), lane = thread & 31, warp = thread / 32;
+  const int64_t query0 = static_cast<int64_t>(blockIdx.x) * kNceQueries;
+  const int64_t tiles = (p.keys.rows + kNceKeys - 1) / kNceKeys;
+  const int64_t first_tile = tiles * blockIdx.y / gridDim.y, last_tile = tiles * (blockIdx.y + 1) / gridDim.y;
+  float* const direction =
+      space.direction == nullptr ? nullptr : space.direction + (blockIdx.y * space.rows + query0) * p.keys.columns;
+  int64_t member = first_from(p.members.slot, p.members.count, first_tile * kNceKeys);
+  int64_t absent = first_from(p.absent.slot, p.absent.count, first_tile * kNceKeys);
+  float top[2];
+  double sum[2] = {};
+  for (int i = 0; i < 2; ++i) {
+    const int64_t query = query0 + 2 * warp + i;
+    top[i] = query < p.queries.rows ? ops::load(p.own + query) : 0;
+  }
+  for (int64_t tile = first_tile; tile < last_tile; ++tile) {
+    const int64_t key0 = tile * kNceKeys;
+    for (int key = thread; key < kNceKeys; key += kNceThreads) {
+      shared.skip[key] = key0 + key < p.keys.rows ? 0 : kAllLanes;
+    }
+    __syncthreads();
+    const int64_t next_member = first_from(p.members.slot, p.members.count, key0 + kNceKeys);
+    const int64_t next_absent = first_from(p.absent.slot, p.absent.count, key0 + kNceKeys);
+    mark_pairs(p.members, member, next_member, key0, query0, shared.skip);
+    mark_pairs(p.absent, absent, next_absent, key0, query0, shared.skip);
+    float scores[2][4] = {};
+    nce_products(p, query0, key0, shared, scores);  // its barriers come before the marks are read
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      for (int i = 0; i < 2; ++i) {
+        scores[i][j] /= static_cast<float>(p.temperature);
+        shared.weight[lane + 32 * j][2 * warp + i] = scores[i][j];
+      }
+    }
+    if (member < next_member) {  // the same for all threads
+      __syncthreads();
+      for (int64_t m = member + thread; m < next_member; m += kNceThreads) {
+        const int64_t query = ops::load(p.members.row + m) - query0;
+        if (query >= 0 && query < kNceQueries) {
+          ops::store(space.score + m, double{shared.weight[ops::load(p.members.slot + m) - key0][query]});
+        }
+      }
+      __syncthreads();
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int query = 2 * warp + i;
+      float best = top[i], total = 0;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const bool counts = !(shared.skip[lane + 32 * j] >> query & 1);
+        best = counts && scores[i][j] > best ? scores[i][j] : best;
+      }
+      best = largest_over_warp(best);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const bool counts = !(shared.skip[lane + 32 * j] >> query & 1);
+        const float weight = counts ? expf(scores[i][j] - best) : 0;
+        shared.weight[lane + 32 * j][query] = weight;
+        total += weight;
+      }
+      const float shrink = expf(top[i] - best);
+      sum[i] = sum[i] * shrink + float_sum_over_warp(total);
+      top[i] = best;
+      if (lane == 0) {
+        shared.shrink[query] = shrink;
+      }
+    }
+    __syncthreads();
+    if (direction != nullptr) {
+      add_directions(p, direction, key0, tile == first_tile, shared);
+    }
+    member = next_member;
+    absent = next_absent;
+  }
+  for (int i = 0; i < 2 && lane == 0; ++i) {
+    const int64_t at = blockIdx.y * space.rows + query0 + 2 * warp + i;
+    ops::store(space.top + at, top[i]);
+    ops::store(space.sum + at, sum[i]);
+  }
+  __threadfence();
+  __syncthreads();
+  if (thread == 0) {
+    shared.last = atomicAdd(space.arrived + blockIdx.x, 1u) == gridDim.y - 1;
+  }
+  __syncthreads();
+  if (!shared.last) {
+    return;
+  }
+  __threadfence();
+  for (int i = 0; i < 2; ++i) {
+    const int64_t query = query0 + 2 * warp + i;
+    if (query < p.queries.rows) {
+      finish_query(p, space, query, static_cast<int>(gridDim.y), shared.run_scale[warp]);
+    }
+  }
+}
+
+}  // namespace cascade::cuda

@@ -1,0 +1,137 @@
+"""The fused loss kernel, executed on the CPU, against the definition in float64: as near to it as plain torch is."""
+
+from __future__ import annotations
+
+import itertools
+
+import emulated
+import pytest
+import torch
+from test_loss import REDUCTIONS, SIBLINGS, dense, found, gradients, problem
+
+import cascade_engine as ce
+from cascade_engine import loss as losses
+from cascade_engine.kernels.cuda import Engine
+
+
+@pytest.fixture(scope="module")
+def native():
+    return emulated.emulated()
+
+
+@pytest.fixture
+def on_emulation(native, monkeypatch):
+    """Let `multi_positive_nce` run the emulated kernel in the operator's place."""
+
+    class Operator(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, query, own, keys, slot, row, absent_slot, absent_row, drop, temperature, *options):
+            own_positive, mean_log, differentiate = options
+            out = Engine(native).contrast(
+                query, own, keys, (slot, row), (absent_slot, absent_row), drop, temperature=temperature,
+                own_positive=own_positive, mean_log=mean_log, differentiate=differentiate,
+            )  # fmt: skip
+            ctx.save_for_backward(*out[1:])
+            return out
+
+        @staticmethod
+        def backward(ctx, grad, *_):
+            to_query, to_own = ctx.saved_tensors
+            grad = grad.float()
+            return (grad[:, None] * to_query, grad * to_own, *[None] * 10)
+
+    monkeypatch.setattr(losses, "nce", Operator.apply)
+
+
+# B, K, D, positives: several tiles of queries and of keys, rests in each, more columns than a block has threads
+SHAPES = [(5, 40, 8, 3), (3, 1, 2, 2), (4, 0, 6, 2), (0, 7, 4, 2), (18, 300, 33, 0), (2, 130, 3, 90), (3, 260, 140, 4)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("schedule", [0, 1, 7])
+def test_emulated_loss_and_gradients_equal_the_definition(native, on_emulation, shape, schedule):
+    emulated.schedule(native, schedule)
+    options = list(itertools.product(REDUCTIONS, SIBLINGS, ("always", "never", 0.6)))
+    for reduction, siblings, self_positive in options[schedule % 3 :: 3] if shape[1] > 64 else options:
+        query, key, keys, index, own, other = problem(*shape)
+        query, key = query.float(), key.float()
+        drop = torch.rand(len(query), generator=torch.Generator().manual_seed(3)) < 0.6
+        bank = ce.Bank({"rgb": keys}, video_id=other)
+        for ids in (None, own):
+
+            def mine(q, x, ids=ids, options=(reduction, siblings, self_positive), bank=bank, index=index):
+                return ce.multi_positive_nce(
+                    q, x, bank, found(index), reduction=options[0], siblings=options[1], self_positive=options[2],
+                    query_video_id=ids, generator=torch.Generator().manual_seed(3),
+                )  # fmt: skip
+
+            def want(q, x, ids=ids, options=(reduction, siblings, self_positive), case=(keys, index, other, drop)):
+                return dense(
+                    q, x, case[0].double(), case[1], reduction=options[0], siblings=options[1],
+                    drop=case[3] if options[2] == 0.6 else None, never=options[2] == "never",
+                    own_video=None if ids is None else (ids, case[2]),
+                )  # fmt: skip
+
+            expected = gradients(want, query.double(), key.double())
+            for got, right in zip(gradients(mine, query, key), expected, strict=True):
+                torch.testing.assert_close(got.double(), right, rtol=2e-5, atol=2e-6)
+
+
+def error(got, want) -> list[float]:
+    return [float((g.double() - w).norm()) for g, w in zip(got, want, strict=True)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("case", ["plain", "confident", "cold"])
+def test_emulated_loss_is_at_most_twice_as_far_from_float64_as_plain_torch(
+    native, on_emulation, dtype, reduction, case
+):
+    emulated.schedule(native, 3)
+    ours, theirs, least = [0.0] * 3, [0.0] * 3, [0.0] * 3
+    for seed in range(3):
+        query, key, keys, index, _, _ = problem(6, 400, 64, 5, seed)
+        if case == "confident":  # P holds nearly all of the mass: gradients nearly cancel
+            query = keys[index[:, 0].clamp(min=0)].double()
+        query, key, keys = query.float(), key.float(), keys.to(dtype)
+        tau = 0.003 if case == "cold" else 0.07
+        bank = ce.Bank({"rgb": keys})
+
+        def mine(q, x, bank=bank, index=index, tau=tau):
+            return ce.multi_positive_nce(q, x, bank, found(index), temperature=tau, reduction=reduction)
+
+        def plain(q, x, keys=keys, index=index, tau=tau):
+            return dense(q, x, keys.to(q.dtype), index, tau=tau, reduction=reduction)
+
+        want = gradients(plain, query.double(), key.double())
+        for each, got in ((ours, gradients(mine, query, key)), (theirs, gradients(plain, query, key))):
+            each[:] = [sofar + more for sofar, more in zip(each, error(got, want), strict=True)]
+        least[:] = [sofar + float(w.norm()) * 2.0**-24 for sofar, w in zip(least, want, strict=True)]
+    for mine_off, their_off, ulp in zip(ours, theirs, least, strict=True):
+        assert mine_off <= 2 * max(their_off, ulp)
+
+
+def test_emulated_loss_takes_one_launch_and_wide_rows(native, on_emulation):
+    emulated.schedule(native, 2)
+    query, key, keys, index, _, _ = problem(2, 150, 600, 3)
+    padded = torch.zeros(150, 608)
+    padded[:, :600] = keys
+    bank = ce.Bank({"rgb": padded[:, :600]})
+    emulated.reset_counters(native)
+    found_here = gradients(lambda q, x: ce.multi_positive_nce(q, x, bank, found(index)), query.float(), key.float())
+    assert emulated.counters(native)["launches"] == 1
+    want = gradients(lambda q, x: dense(q, x, keys, index), query, key)
+    for got, right in zip(found_here, want, strict=True):
+        torch.testing.assert_close(got.double(), right, rtol=1e-4, atol=1e-5)
+
+
+def test_emulated_loss_without_gradients_has_none(native):
+    query, own = torch.randn(3, 5), torch.zeros(3)
+    none = torch.zeros(0, dtype=torch.int64)
+    each, to_query, to_own = Engine(native).contrast(
+        query, own, torch.randn(9, 5), (none, none), (none, none), torch.zeros(3, dtype=torch.bool), temperature=0.1,
+        own_positive=True, mean_log=False, differentiate=False,
+    )  # fmt: skip
+    assert each.dtype == torch.float64
+    assert bool((each > 0).all())
+    assert len(to_query) == len(to_own) == 0
