@@ -109,20 +109,28 @@ void mine(Bank& bank, std::span<const Stage> stages, std::span<const Matrix> que
           const Exclusion& exclude, const Control& control, const Answer& answer) {
   const MineCall call{&bank, stages, queries, &exclude, &answer};
   const Stage& first = stages.front();
-  const bool fast = bank.size() >= small_bank && answer.kept.empty() && is_packable(first) && !first.over_bank &&
-                    bank.worth_packing(batch);
+  const bool fast =
+      bank.size() >= small_bank && answer.kept.empty() && is_boundable(first) && bank.worth_packing(batch);
+  const bool ranks_bank =
+      std::any_of(stages.begin(), stages.end(), [](const Stage& each) { return each.over_bank && is_boundable(each); });
   if (fast && exclude.query_video != nullptr) bank.videos();
-  if (fast && bank.kernels().tile8 != nullptr && first.keep * few_of_many <= bank.size()) {
+  if (fast && bank.kernels().tile8 != nullptr && is_packable(first) && !ranks_bank &&
+      first.keep * few_of_many <= bank.size()) {
     const Packed8& packed = bank.packed8(first.views, control);
     return share_queries(batch, control, [&](int64_t begin, int64_t end) {
       exact_queries(call, stream_queries(call, packed, begin, end));
     });
   }
   if (fast) {
-    std::vector<const Packed16*> packed;
+    std::vector<StagePacks> packed;
     for (const Stage& stage : stages) {
-      if (!is_packable(stage) || stage.over_bank || packed.size() == max_rows16) break;
-      packed.push_back(&bank.packed16(stage.views, control));
+      if (!is_boundable(stage) || packed.size() == max_rows16) break;
+      StagePacks& packs = packed.emplace_back();
+      if (is_packable(stage)) {
+        packs.push_back(&bank.packed16(stage.views, control));
+      } else {
+        for (const int32_t view : stage.views) packs.push_back(&bank.packed16({&view, 1}, control));
+      }
     }
     return share_queries(batch, control, [&](int64_t begin, int64_t end) { dense_queries(call, packed, begin, end); });
   }

@@ -7,6 +7,10 @@
 //   v <= theta - w  is surely out: m keys surely come before it;
 // and only the band between is ranked by the contract's float64 similarities. Survivors carry the scores of the views
 // that later stages need, so every view is scored once, in tiles that stream through the cache.
+//
+// `min` and `max` of certified scores are certified scores: the views' rows are brought to one unit and fused, and the
+// stage ranks by that row. A stage over the bank (`@bank`) is decided before candidates are lost: its threshold and its
+// band are found among all eligible keys, and when its turn comes candidates are held against them.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -58,36 +62,50 @@ struct Open {
 
 // Score rows and candidates of the queries a thread works on: kept from call to call, unless they are uncommonly large.
 struct Scratch {
-  std::vector<Buffer<int16_t>> rows;        // per distinct packed view: [queries at a time, positions + room]
-  std::vector<Buffer<int32_t>> words;       // per distinct packed view: the packed queries
-  std::vector<std::vector<double>> errors;  // per distinct packed view: [queries at a time]
+  std::vector<Buffer<int16_t>> rows;                  // per column: [queries at a time, positions + room]
+  std::vector<Buffer<int32_t>> words;                 // per distinct packed view: the packed queries
+  std::vector<std::vector<Packed16::Query>> queries;  // per distinct packed view: [queries at a time]
   Buffer<uint32_t> position, open_position;
   std::vector<Buffer<int16_t>> open_score;
-  Buffer<int16_t> middle;
+  Buffer<int16_t> middle, kept_score;
   std::vector<int64_t> band, alive;
   std::vector<double> band_score;
   std::vector<Open> ranked_band;
+  std::vector<std::vector<double>> errors;  // per column: [queries at a time]
+};
+
+// What a stage over the bank decided among all eligible keys.
+struct BankRanking {
+  int low, high;               // as in `split16`
+  std::vector<uint32_t> kept;  // of the band: positions, ascending
 };
 
 thread_local Scratch kept_scratch;
 
 class Dense {
  public:
-  Dense(const MineCall& call, std::span<const Packed16* const> packed)
+  Dense(const MineCall& call, std::span<const StagePacks> packed)
       : call_(call),
         kernels_(call.bank->kernels()),
-        layout_(packed.front()->layout()),
+        layout_(packed.front().front()->layout()),
         padded_(layout_.positions() + room),
-        exact_(call.stages, static_cast<int64_t>(call.bank->views().size()), call.bank->size()) {
-    for (const Packed16* each : packed) {
-      const auto found = std::find(views_.begin(), views_.end(), each);
-      stage_view_.push_back(static_cast<int>(found - views_.begin()));
-      if (found == views_.end()) views_.push_back(each);
+        stages_(call.stages.begin(), call.stages.end()),
+        exact_(stages_, static_cast<int64_t>(call.bank->views().size()), call.bank->size()) {
+    for (const StagePacks& packs : packed)
+      for (const Packed16* each : packs)
+        if (std::find(views_.begin(), views_.end(), each) == views_.end()) views_.push_back(each);
+    size_t count = views_.size();
+    for (const StagePacks& packs : packed) {
+      std::vector<int>& sources = sources_.emplace_back();
+      for (const Packed16* each : packs)
+        sources.push_back(static_cast<int>(std::find(views_.begin(), views_.end(), each) - views_.begin()));
+      stage_column_.push_back(packs.size() == 1 ? sources.front() : static_cast<int>(count++));
     }
-    const auto count = views_.size();
+    bank_ranking_.resize(packed.size());
     const auto at_least = [count](auto& each) { each.resize(std::max(each.size(), count)); };
     at_least(scratch_.rows);
     at_least(scratch_.words);
+    at_least(scratch_.queries);
     at_least(scratch_.errors);
     at_least(scratch_.open_score);
     column_.resize(count);
@@ -136,12 +154,15 @@ class Dense {
       scratch_.rows[view].reserve(padded * padded_);
       scratch_.words[view].reserve(padded * packed.steps());
       std::fill_n(scratch_.words[view].data(), padded * packed.steps(), 0);
+      scratch_.queries[view].assign(padded, {});
       scratch_.errors[view].assign(padded, 0.0);
       int32_t* words = scratch_.words[view].data();
       int64_t query = 0;
       for (const int size : groups_) {
-        for (int i = 0; i < size && query < count; ++i, ++query)
-          scratch_.errors[view][query] = packed.pack_query(call_.queries, first + query, {}, words + i, size);
+        for (int i = 0; i < size && query < count; ++i, ++query) {
+          scratch_.queries[view][query] = packed.pack_query(call_.queries, first + query, {}, words + i, size);
+          scratch_.errors[view][query] = scratch_.queries[view][query].error;
+        }
         words += size * packed.steps();
       }
     }
@@ -168,10 +189,53 @@ class Dense {
         }
       }
     }
+    fuse(first, count);
     return true;
   }
 
-  // Marks what is no candidate in the first stage's scores; returns how many candidates are left.
+  // The rows of `min` and `max` stages. All views' scores are brought to the unit in which the largest possible fits.
+  void fuse(int64_t first, int64_t count) {
+    for (size_t number = 0; number < sources_.size(); ++number) {
+      const std::vector<int>& sources = sources_[number];
+      if (sources.size() == 1) continue;
+      auto& row = scratch_.rows[stage_column_[number]];
+      row.reserve(count * padded_);
+      scratch_.errors[stage_column_[number]].resize(count);
+      for (int64_t query = 0; query < count; ++query)
+        scratch_.errors[stage_column_[number]][query] =
+            fuse_row(sources, stages_[number].fusion == Fusion::min, first, query, row.data() + query * padded_);
+    }
+  }
+
+  // Returns the row's error in its own units, infinite where the views have no unit in common.
+  double fuse_row(const std::vector<int>& sources, bool smaller, int64_t first, int64_t query, int16_t* out) const {
+    constexpr double largest = 32700;  // leaves room for rounding
+    constexpr double rounding = 0.02;  // of the floats in `fuse16`: a few units in the last place of 2^15 and 2^16
+    std::vector<double> constant;
+    std::vector<float> gain, offset;
+    std::vector<const int16_t*> rows;
+    double reach = 0, error = 0;
+    for (const int view : sources) {
+      constant.push_back(views_[view]->embedding().constant(call_.queries, first + query));
+      reach = std::max(reach, 32768 / scratch_.queries[view][query].unit + std::abs(constant.back()));
+    }
+    const double unit = largest / reach;
+    for (size_t i = 0; i < sources.size(); ++i) {
+      const Packed16::Query& packed = scratch_.queries[sources[i]][query];
+      const double factor = unit / packed.unit;
+      if (!(packed.error < hopeless) || !std::isfinite(factor) || !std::isfinite(unit * constant[i]))
+        return std::numeric_limits<double>::infinity();
+      error = std::max(error, factor * (1 + packed.error) + rounding);
+      gain.push_back(static_cast<float>(factor));
+      offset.push_back(static_cast<float>(unit * constant[i]));
+      rows.push_back(scratch_.rows[sources[i]].data() + query * padded_);
+    }
+    kernels_.fuse16(rows.data(), gain.data(), offset.data(), static_cast<int>(rows.size()), smaller,
+                    layout_.positions(), out);
+    return error;
+  }
+
+  // Marks what is no candidate in a stage's scores of all keys; returns how many candidates are left.
   int64_t mark(int64_t row, int16_t* score) {
     for (int64_t lane = 0; lane < layout_.lanes; ++lane)  // lanes past the last key
       for (int64_t block = std::max<int64_t>(0, layout_.keys - lane * layout_.blocks); block < layout_.blocks; ++block)
@@ -240,18 +304,28 @@ class Dense {
       if (call_.queries[view].data != nullptr)
         exact_.view(static_cast<int64_t>(view)).bind(*call_.bank, static_cast<int32_t>(view), call_.queries[view], row);
     exact_.start(*call_.exclude, row);
-    for (size_t view = 0; view < views_.size(); ++view) column_[view] = scratch_.rows[view].data() + query * padded_;
-    int64_t alive = mark(row, column_[stage_view_[0]]);
+    for (size_t each = 0; each < column_.size(); ++each) column_[each] = scratch_.rows[each].data() + query * padded_;
+    std::copy(call_.stages.begin(), call_.stages.end(), stages_.begin());
+    stages_.front().over_bank = false;             // all eligible keys are candidates then
+    const size_t decided = rank_bank(row, query);  // no stage over the bank before it needs all similarities
+    int64_t alive = mark(row, column_[stage_column_[0]]);
     bool listed = false;
     size_t number = 0;
-    for (; number < stage_view_.size() && alive > (listed ? few : 0); ++number) {
-      const Stage& stage = call_.stages[number];
-      const bool last = number + 1 == call_.stages.size();
+    for (; number < stage_column_.size() && alive > (listed && number >= decided ? few : 0); ++number) {
+      Stage& stage = stages_[number];
+      const bool last = number + 1 == stages_.size();
+      if (stage.over_bank && number > 0) {
+        if (number >= decided || !listed) break;
+        alive = meet(number, alive);
+        stage.over_bank = false;  // all that are left are among the bank's best
+        if (last) break;
+        continue;
+      }
       const int64_t keep = std::min(stage.keep, alive);
       if (listed && keep == alive && !last) continue;
-      const double error = scratch_.errors[stage_view_[number]][query];
+      const double error = scratch_.errors[stage_column_[number]][query];
       if (!(error < hopeless)) break;
-      alive = narrow_down(stage, number, last, listed, alive, keep, static_cast<int>(std::floor(1 + 2 * error)) + 1);
+      alive = narrow_down(stage, number, last, listed, alive, keep, width_of(error));
       listed = true;
       if (last) break;
     }
@@ -260,6 +334,57 @@ class Dense {
     scratch_.alive.resize(alive);
     for (int64_t i = 0; i < alive; ++i) scratch_.alive[i] = layout_.slot(scratch_.position[i]);
     exact_.run(scratch_.alive, number, *call_.answer);
+  }
+
+  static int width_of(double error) { return static_cast<int>(std::floor(1 + 2 * error)) + 1; }
+
+  // Decides the stages over the bank from the second on, as many as bounds help; returns the number after the last.
+  size_t rank_bank(int64_t row, int64_t query) {
+    size_t decided = 0;
+    for (size_t number = 1; number < stage_column_.size(); ++number) {
+      const Stage& stage = stages_[number];
+      if (!stage.over_bank) continue;
+      const double error = scratch_.errors[stage_column_[number]][query];
+      if (!(error < hopeless)) break;
+      int16_t* const score = column_[stage_column_[number]];
+      const int64_t eligible = mark(row, score), keep = std::min(stage.keep, eligible);
+      BankRanking& ranking = bank_ranking_[number];
+      ranking = {no_score + 1, no_score + 1, {}};
+      decided = number + 1;
+      if (keep == eligible) continue;
+      const int width = width_of(error);
+      const Threshold theta = threshold(score, layout_.positions(), eligible, keep, width / 8);
+      ranking.low = std::max(theta.low - width + 1, no_score + 1);
+      ranking.high = std::min(theta.high + width, 32768);
+      scratch_.open_score[0].reserve(padded_);
+      scratch_.kept_score.reserve(padded_);
+      const Columns from{.position = nullptr, .score = {score}};
+      const Columns kept{.position = scratch_.position.data(), .score = {scratch_.kept_score.data()}};
+      const Columns open{.position = scratch_.open_position.data(), .score = {scratch_.open_score[0].data()}};
+      const Split found = kernels_.split16(from, 0, layout_.positions(), 1, ranking.low, ranking.high, kept, open);
+      const int64_t in = settle(stage, keep, found, 1, kept, open);
+      ranking.kept.assign(kept.position + found.kept, kept.position + in);
+      std::sort(ranking.kept.begin(), ranking.kept.end());
+    }
+    return decided;
+  }
+
+  // The candidates that stage `number` over the bank keeps; returns how many they are.
+  int64_t meet(size_t number, int64_t alive) {
+    const BankRanking& ranking = bank_ranking_[number];
+    Columns from{.position = scratch_.position.data(), .score = {}};
+    Columns open{.position = scratch_.open_position.data(), .score = {}};
+    const int rows = columns(number, from, open);
+    const Split found =
+        kernels_.split16(from, 0, pad(from.score[0], alive), rows, ranking.low, ranking.high, from, open);
+    int64_t in = found.kept;
+    for (int64_t i = 0; i < found.open; ++i) {
+      if (!std::binary_search(ranking.kept.begin(), ranking.kept.end(), open.position[i])) continue;
+      from.position[in] = open.position[i];
+      for (int each = 0; each < rows; ++each) from.score[each][in] = open.score[each][i];
+      ++in;
+    }
+    return in;
   }
 
   // One stage: what is surely in stays, the band is ranked exactly. Of the last stage all that may be in stays, as the
@@ -285,8 +410,8 @@ class Dense {
   // The score rows that stage `number` and those after it need, its own first, where they are and where the band's go.
   int columns(size_t number, Columns& from, Columns& open) {
     int rows = 0;
-    for (size_t later = number; later < stage_view_.size(); ++later) {
-      int16_t* const row = column_[stage_view_[later]];
+    for (size_t later = number; later < stage_column_.size(); ++later) {
+      int16_t* const row = column_[stage_column_[later]];
       if (std::find(from.score, from.score + rows, row) != from.score + rows) continue;
       open.score[rows] = scratch_.open_score[rows].data();
       from.score[rows++] = row;
@@ -324,19 +449,22 @@ class Dense {
   const Kernels& kernels_;
   Layout layout_;
   int64_t padded_;
+  std::vector<Stage> stages_;  // the call's; `over_bank` is cleared once that is decided for the current query
   ExactCascade exact_;
   std::vector<const Packed16*> views_;
-  std::vector<int> stage_view_;
+  std::vector<int> stage_column_;          // per bounded stage, the column of scores that it ranks by
+  std::vector<std::vector<int>> sources_;  // per bounded stage, the views that its column is made of
+  std::vector<BankRanking> bank_ranking_;  // per bounded stage, for the current query
   std::vector<int> groups_;
   int64_t at_once_ = queries16;
   bool keep_scratch_ = true;
-  std::vector<int16_t*> column_;  // per distinct packed view, the current query's scores
+  std::vector<int16_t*> column_;  // the current query's scores: per distinct packed view, then fused
   Scratch& scratch_ = kept_scratch;
 };
 
 }  // namespace
 
-void dense_queries(const MineCall& call, std::span<const Packed16* const> packed, int64_t begin, int64_t end) {
+void dense_queries(const MineCall& call, std::span<const StagePacks> packed, int64_t begin, int64_t end) {
   Dense(call, packed).run(begin, end);
 }
 

@@ -143,6 +143,24 @@ void Embedding::query(std::span<const Matrix> queries, int64_t row, std::span<co
   turn(p);
 }
 
+double Embedding::constant(std::span<const Matrix> queries, int64_t row) const {
+  thread_local std::vector<double> stored;
+  double total = 0;
+  for (size_t view = 0; view < sides_.size(); ++view) {
+    const Side& side = sides_[view];
+    widen_row(queries[views_[view]], row, stored);
+    const size_t columns = side.centre.size();
+    if (metric_ == Metric::cosine) normalise(stored);
+    double sum = 0;
+    for (size_t d = 0; d < columns; ++d) {
+      const double apart = stored[d] - side.centre[d];
+      sum += metric_ == Metric::l2 ? apart * apart : stored[d] * side.centre[d];
+    }
+    total += metric_ == Metric::l2 ? -sum / 2 - side.height : sum;
+  }
+  return total;
+}
+
 double Embedding::slack(std::span<const Matrix> queries, int64_t row, std::span<const double> weights,
                         std::span<const double> longest) const {
   thread_local std::vector<double> stored;

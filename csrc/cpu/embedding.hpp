@@ -39,10 +39,14 @@ class Embedding {
   // p of a query, [dims]; `weights` [views] or empty for ones.
   void query(std::span<const Matrix> queries, int64_t row, std::span<const double> weights, double* p) const;
 
-  // How far the contract's float64 score / gain, and <p, y> of the vectors written here, may lie from the real numbers
-  // they stand for, together. A sum of D products in float64 is off by at most D u |q| |x| with u = 2^-53; norms, the
-  // subtraction of m, log2(D) additions of a rotation and the fusion add less than (D + 64) u of the magnitudes
-  // involved: |q| |x| for inner products, 1 for cosine, (|q| + |x|)^2 for distances, of which m and h are parts.
+  // c(q) / gain, whatever is the same for all keys, without weights.
+  double constant(std::span<const Matrix> queries, int64_t row) const;
+
+  // How far the contract's float64 score / gain, c(q) / gain and <p, y> of the vectors written here, may lie from the
+  // real numbers they stand for, together. A sum of D products in float64 is off by at most D u |q| |x| with u = 2^-53;
+  // norms, the subtraction of m, log2(D) additions of a rotation and the fusion add less than (D + 64) u of the
+  // magnitudes involved: |q| |x| for inner products, 1 for cosine, (|q| + |x|)^2 for distances, of which m and h are
+  // parts.
   double slack(std::span<const Matrix> queries, int64_t row, std::span<const double> weights,
                std::span<const double> longest) const;
 

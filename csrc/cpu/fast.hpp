@@ -22,13 +22,21 @@ struct MineCall {
 // Whether a stage's score is one inner product of packed views.
 inline bool is_packable(const Stage& stage) { return stage.fusion == Fusion::none || stage.fusion == Fusion::sum; }
 
+// The packed views that a stage's 16-bit scores come from: one, or one for each view of a `min` or `max`.
+using StagePacks = std::vector<const Packed16*>;
+
+// Whether 16-bit scores bound a stage's.
+inline bool is_boundable(const Stage& stage) {
+  return is_packable(stage) || stage.fusion == Fusion::min || stage.fusion == Fusion::max;
+}
+
 // 8-bit scores of all keys against a running threshold: for a first stage that keeps few of many.
 // [begin, end) are the queries; rows that the bound cannot help are returned, unanswered.
 std::vector<int64_t> stream_queries(const MineCall& call, const Packed8& packed, int64_t begin, int64_t end);
 
-// 16-bit scores of all keys side by side: for stages that keep a large share. `packed` has one entry for each of the
-// first stages that are packable and rank candidates; several may be the same.
-void dense_queries(const MineCall& call, std::span<const Packed16* const> packed, int64_t begin, int64_t end);
+// 16-bit scores of all keys side by side: for stages that keep a large share, and those over the bank. `packed` has one
+// entry for each of the first stages that are boundable.
+void dense_queries(const MineCall& call, std::span<const StagePacks> packed, int64_t begin, int64_t end);
 
 // The exact path for the given rows.
 void exact_queries(const MineCall& call, std::span<const int64_t> rows);

@@ -64,6 +64,15 @@ struct Kernels {
   Split (*split16)(const Columns& from, uint32_t first, int64_t n, int rows, int low, int high, const Columns& kept,
                    const Columns& open);
 
+  // The smaller (or larger) of gain * score + offset over `count` rows, rounded down; |gain * score + offset| < 32767.
+  void (*fuse16)(const int16_t* const* score,  // [count] rows of n
+                 const float* gain,            // [count]
+                 const float* offset,          // [count]
+                 int count,                    //
+                 bool smaller,                 //
+                 int64_t n,                    //
+                 int16_t* out);                // [n]
+
   // How many of the values are at least `least`; any n.
   int64_t (*count_float)(const float* value, int64_t n, float least);
 

@@ -298,6 +298,7 @@ const Kernels& avx2_kernels() {
       .range16 = range16,
       .collect16 = collect16,
       .split16 = split16,
+      .fuse16 = generic::fuse16,
       .count_float = generic::count_float,
       .range_float = generic::range_float,
       .tile8 = nullptr,

@@ -318,6 +318,7 @@ const Kernels& avx512_kernels() {
       .range16 = range16,
       .collect16 = collect16,
       .split16 = split16,
+      .fuse16 = generic::fuse16,
       .count_float = count_float,
       .range_float = range_float,
       .tile8 = tile8,

@@ -108,6 +108,24 @@ inline int32_t high_half(int32_t word) { return word >> 16; }
   return found;
 }
 
+[[maybe_unused]] void fuse16(const int16_t* const* score, const float* gain, const float* offset, int count,
+                             bool smaller, int64_t n, int16_t* out) {
+  constexpr float above_zero = 32768;  // so that rounding to zero rounds down
+  for (int64_t i = 0; i < n; i += lanes16) {
+    float best[lanes16];
+    for (int lane = 0; lane < lanes16; ++lane)
+      best[lane] = static_cast<float>(score[0][i + lane]) * gain[0] + offset[0];
+    for (int row = 1; row < count; ++row)
+      for (int lane = 0; lane < lanes16; ++lane) {
+        const float value = static_cast<float>(score[row][i + lane]) * gain[row] + offset[row];
+        const float least = value < best[lane] ? value : best[lane], most = value > best[lane] ? value : best[lane];
+        best[lane] = smaller ? least : most;
+      }
+    for (int lane = 0; lane < lanes16; ++lane)
+      out[i + lane] = static_cast<int16_t>(static_cast<int32_t>(best[lane] + above_zero) - 32768);
+  }
+}
+
 [[maybe_unused]] int64_t count_float(const float* value, int64_t n, float least) {
   int64_t total = 0;
   for (int64_t i = 0; i < n; ++i) total += value[i] >= least;

@@ -85,6 +85,7 @@ const Kernels& neon_kernels() {
       .range16 = generic::range16,
       .collect16 = generic::collect16,
       .split16 = generic::split16,
+      .fuse16 = generic::fuse16,
       .count_float = generic::count_float,
       .range_float = generic::range_float,
       .tile8 = nullptr,

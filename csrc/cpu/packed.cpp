@@ -123,8 +123,8 @@ bool Packed16::update(int64_t first, int64_t count) {
   return true;
 }
 
-double Packed16::pack_query(std::span<const Matrix> queries, int64_t row, std::span<const double> weights,
-                            int32_t* words, int64_t stride) const {
+Packed16::Query Packed16::pack_query(std::span<const Matrix> queries, int64_t row, std::span<const double> weights,
+                                     int32_t* words, int64_t stride) const {
   thread_local std::vector<double> p;
   thread_local std::vector<int16_t> integers;
   const int64_t dims = embedding_.dims();
@@ -136,8 +136,8 @@ double Packed16::pack_query(std::span<const Matrix> queries, int64_t row, std::s
   const double lost = fits ? quantise(p.data(), dims, scale, largest16, integers.data()) : 0;
   for (int64_t step = 0; step < steps_; ++step) std::memcpy(words + step * stride, &integers[2 * step], 4);
   const double bound = lost * longest_ + (norm + lost) * residual_ + embedding_.slack(queries, row, weights, stored_);
-  const double error = bound * scale * scale_ / 65536 * round_up;
-  return fits && std::isfinite(error) ? error : std::numeric_limits<double>::infinity();
+  const double unit = scale * scale_ / 65536, error = bound * scale * scale_ / 65536 * round_up;
+  return {fits && std::isfinite(error) ? error : std::numeric_limits<double>::infinity(), unit};
 }
 
 Packed8::Packed8(std::span<const Matrix> bank, Metric metric, std::vector<int32_t> views, const Control& control)

@@ -45,10 +45,13 @@ class Packed16 {
   int64_t steps() const { return steps_; }
   const int32_t* block(int64_t number) const { return words_.data() + number * steps_ * lanes16; }
 
-  // Writes a query's words, `stride` apart, and returns in how many units of the tiles' scores its scores may be wrong:
-  // |gain-free score * unit - s| <= error for any s in [score, score + 1]. Infinite where the query fits no scale.
-  double pack_query(std::span<const Matrix> queries, int64_t row, std::span<const double> weights, int32_t* words,
-                    int64_t stride) const;
+  struct Query {
+    double error;  // of scores, in units of the tiles' scores; infinite where the query fits no scale
+    double unit;   // of scores: <p, y> * unit lies in [score - error, score + 1 + error]
+  };
+  // Writes a query's words, `stride` apart.
+  Query pack_query(std::span<const Matrix> queries, int64_t row, std::span<const double> weights, int32_t* words,
+                   int64_t stride) const;
 
  private:
   bool pack(int64_t row, double* y);
