@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 from cascade_engine.errors import InvalidInput
@@ -27,14 +29,30 @@ METRICS: tuple[Metric, ...] = get_args(Metric)
 T = TypeVar("T")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Shelf:
+    """Where a backend may keep on disk what it prepares of keys that are mapped from files and never change.
+
+    Args:
+        folder: for the files, which must exist.
+        suffix: of their names.
+        identity: says which keys, for good: a file that was made from others is refused and made anew.
+    """
+
+    folder: Path
+    suffix: str
+    identity: str
+
+
 class Prepared:
     """What backends made of a bank's keys for their searches, kept until the keys are overwritten.
 
     A key queue shares one among its snapshots. Whatever has a method ``update(first, count)`` is brought up to date in
-    place when it is next asked for; anything else is made anew.
+    place when it is next asked for; anything else is made anew. With a `shelf`, what is large is kept on disk.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, shelf: Shelf | None = None) -> None:
+        self.shelf = shelf
         self._made: dict[object, Any] = {}
         self._overwritten: dict[object, list[tuple[int, int]]] = {}
         self._lock = threading.Lock()
@@ -145,6 +163,11 @@ class Bank:
         """Raise StaleBank where this bank is a queue's snapshot and the queue has overwritten it since."""
         if self._guard is not None:
             self._guard()
+
+    @property
+    def shelf(self) -> Shelf | None:
+        """Where backends may keep what they prepare, or None: in memory."""
+        return self._prepared.shelf
 
     def prepared(self, purpose: object, make: Callable[[], T]) -> T:
         """What `make` returned for `purpose`, made once and kept on the bank; safe to call from several threads."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import click
@@ -15,18 +17,20 @@ import click
 @click.option("--dim", default=128, show_default=True, type=click.IntRange(1), help="Width of the view.")
 @click.option("--rounds", default=7, show_default=True, type=click.IntRange(1), help="Interleaved rounds.")
 @click.option("--seconds", default=2.0, show_default=True, help="Length of each append measurement; 0 leaves them out.")
+@click.option("--large", default=0, type=click.IntRange(0), help="Instead: mine a store of so many clips, in float16.")
 @click.option("--folder", type=click.Path(exists=True, file_okay=False, path_type=Path), help="Which disk to measure.")
 @click.option("--json", "to", type=click.Path(dir_okay=False, path_type=Path), help="Write the results here.")
-def command(rows: int, dim: int, rounds: int, seconds: float, folder: Path | None, to: Path | None) -> None:
+def command(rows: int, dim: int, rounds: int, seconds: float, large: int, folder: Path | None, to: Path | None) -> None:
     """Scan, random gather, open and append against np.memmap, zarr, tensorstore, h5py and Lance.
 
     Every reader's values are compared with what was written before it is timed. Formats that are not installed are
-    left out.
+    left out. With --large: what opening, filtering and mining a large store take in time and in resident memory.
 
     \b
     Examples:
       cascade bench store
       cascade bench store --rows 100000 --rounds 3 --seconds 0.5
+      cascade bench store --large 10000000
     """
     from ..benchmarks import store
 
@@ -34,6 +38,9 @@ def command(rows: int, dim: int, rounds: int, seconds: float, folder: Path | Non
         click.echo(f"\r\033[K{what}", nl=False, err=True)
 
     place = Path(tempfile.mkdtemp(dir=folder))
+    if large:
+        _large(place, large, dim, step, to)
+        return
     try:
         readings, cold = store.reading(place, rows, dim, rounds, step)
         appends = store.appending(place, dim, seconds, step) if seconds else []
@@ -54,3 +61,23 @@ def command(rows: int, dim: int, rounds: int, seconds: float, folder: Path | Non
         )
     if to is not None:
         to.write_text(json.dumps(store.as_json(readings, cold, appends), indent=2))
+
+
+def _large(place: Path, rows: int, dim: int, step: Callable[[str], None], to: Path | None) -> None:
+    from ..benchmarks import store_large
+
+    try:
+        uses = store_large.large(place, rows, dim, step)
+    finally:
+        shutil.rmtree(place)
+    click.echo("\r\033[K", nl=False, err=True)
+    click.echo(f"{rows:,} x {dim} float16; batches of {store_large.BATCH} queries, plan {store_large.PLAN}")
+    for name, each in zip(("preparing", "prepared"), uses, strict=True):
+        batches = ", ".join(f"{seconds:.2f}" for seconds in each.mine)
+        click.echo(
+            f"{name:10} open {each.open * 1e3:.0f} ms  filter {each.filter:.2f} s ({each.rows:,} clips)"
+            f"  batches {batches} s  resident at most {each.peak:,.0f} MB, of it anonymous in the end"
+            f" {each.anonymous:,.0f} MB  kept on disk {each.kept:,.0f} MB"
+        )
+    if to is not None:
+        to.write_text(json.dumps({name: asdict(each) for name, each in zip(("first", "second"), uses, strict=True)}))

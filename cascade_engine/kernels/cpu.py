@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -16,6 +17,8 @@ from cascade_engine.errors import BackendUnavailable
 from cascade_engine.kernels import MineRequest, Selection, SelectRequest
 from cascade_engine.plan import FUSIONS, CascadePlan
 from cascade_engine.tensor import BFLOAT16, Host
+
+_log = logging.getLogger(__name__)
 
 
 def unavailable() -> str | None:
@@ -49,8 +52,9 @@ def mine(request: MineRequest) -> Selection:
     """Rank and select in C++."""
     bank = request.bank
     queries = request.queries
+    held = bank.prepared(("cpu", _chosen_isa()), lambda: _hold(bank))
     index, similarity, kept = _extension().mine(
-        bank.prepared(("cpu", _chosen_isa()), lambda: _hold(bank)),
+        held,
         _plan(request.plan, request.counts, bank.views),
         [_array(queries[view]) if view in queries else (None, False) for view in bank.views],
         None if request.exclude.video_id is None else np.ascontiguousarray(request.exclude.video_id),
@@ -58,6 +62,8 @@ def mine(request: MineRequest) -> Selection:
         request.trace,
         threads(),
     )
+    for trouble in held.troubles():
+        _log.warning(trouble)
     return Selection(index=index, similarity=similarity, kept=kept)
 
 
@@ -128,6 +134,7 @@ def _hold(bank: Bank) -> Any:
         None if video_id is None else np.ascontiguousarray(video_id),
         METRICS.index(bank.metric),
         _chosen_isa(),
+        None if (at := bank.shelf) is None else (str(at.folder), at.suffix, at.identity, bank.views),
     )
 
 

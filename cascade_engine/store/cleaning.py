@@ -1,4 +1,4 @@
-"""`gc`: what crashes leave behind, removed."""
+"""`gc`: what crashes leave behind and newer commits supersede, removed."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from pathlib import Path
 from cascade_engine.store.creating import phase_names, read_root
 from cascade_engine.store.locking import take_lock
 from cascade_engine.store.record import Record, read_record
+from cascade_engine.store.shelving import superseded
 
 
 def clean(root: Path, *, dry_run: bool = False) -> list[tuple[Path, int]]:
-    """Remove temporary files, half-made phases and chunk files past the last commit; returns them with their bytes.
+    """Remove temporary files, half-made phases, chunk files past the last commit, and what was prepared for mining of
+    earlier commits; returns them with their bytes.
 
     Args:
         root: the store.
@@ -30,7 +32,7 @@ def clean(root: Path, *, dry_run: bool = False) -> list[tuple[Path, int]]:
             locks.append(take_lock(folder / "commits" / "aside" / "writer.lock", f"phase {name!r} of {root}"))
             record = read_record(folder)
             gone += [(each, _bytes(each)) for each in folder.rglob("*.new")]
-            gone += [(each, _bytes(each)) for each in _past(folder, record)]
+            gone += [(each, _bytes(each)) for each in _past(folder, record) + superseded(folder, record)]
         if not dry_run:
             for path, _ in gone:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()

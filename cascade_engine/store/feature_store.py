@@ -13,7 +13,7 @@ from typing import Any, Literal, Self
 import numpy as np
 import numpy.typing as npt
 
-from cascade_engine.bank import Bank, Metric
+from cascade_engine.bank import Bank, Metric, Prepared
 from cascade_engine.errors import InvalidInput, StoreError
 from cascade_engine.store import changing, filtering
 from cascade_engine.store.checking import Problem, verify
@@ -24,9 +24,11 @@ from cascade_engine.store.files import Files, LocalFiles
 from cascade_engine.store.ingest import Batch, check_batch
 from cascade_engine.store.layout import BUILT_IN, CHUNK_BYTES, check_columns, check_phase, check_views
 from cascade_engine.store.locking import take_lock
+from cascade_engine.store.mapping import gather as gather_rows
 from cascade_engine.store.mapping import prefetch as prefetch_rows
 from cascade_engine.store.phase import Commit, Phase
 from cascade_engine.store.record import empty_record, read_record
+from cascade_engine.store.shelving import shelf_of
 from cascade_engine.store.writer import DURABILITIES, Durability, PhaseWriter
 from cascade_engine.tensor import id_vector, to_host
 
@@ -536,6 +538,7 @@ class FeatureStore:
         at: int | None = None,
         metric: Metric = "ip",
         device: str | None = None,
+        keep: bool | None = None,
     ) -> Bank:
         """The clips that have all of `views` as a bank: mapped without a copy where that is all, gathered otherwise.
 
@@ -546,6 +549,9 @@ class FeatureStore:
             at: a commit number; the last one by default.
             metric: of the bank.
             device: a torch device, for tensors (``"cpu"`` shares the mapped memory); NumPy arrays by default.
+            keep: of a bank of all clips, keep on disk beside the phase what the CPU backend prepares for mining, map it
+                there, and hold what is mapped to a fixed amount of memory; by default for views of 2^28 values and
+                more. Otherwise it is made in memory, in every process.
 
         Raises:
             NotFound: a view, phase or commit that is not there.
@@ -556,15 +562,27 @@ class FeatureStore:
         rows = self.matching(where, views=names, phase=phase, at=at)
 
         def part(values: Any) -> Any:
-            return values if rows is None else values.take(rows) if isinstance(values, Categorical) else values[rows]
+            if rows is None:
+                return values
+            return values.take(rows) if isinstance(values, Categorical) else gather_rows(values, rows)
 
         label = part(held.column("label", at)) if "label" in held.record.columns else None
         ids = {name: part(held.column(name, at)) for name in ("video_id", "clip_id")}
         keys = {name: part(held.features(name, at)) for name in names}
+        whole = rows is None and device in (None, "cpu")
+        prepared = Prepared(shelf_of(held, at, names, metric, keep) if whole else None)
         if device is not None:
             keys = {name: _tensor(values, device) for name, values in keys.items()}
             ids = {name: _tensor(values, device) for name, values in ids.items()}
-        return Bank(keys, ids["video_id"], clip_id=ids["clip_id"], label=label, metric=metric, checked=True)
+        return Bank(
+            keys,
+            ids["video_id"],
+            clip_id=ids["clip_id"],
+            label=label,
+            metric=metric,
+            checked=True,
+            prepared=prepared,
+        )
 
     def verify(self, phase: str | None = None, progress: Callable[[int], None] = lambda _: None) -> list[Problem]:
         """Compare the bytes on disk with the checksums of what was committed; an empty list means all is well.

@@ -19,7 +19,8 @@ from cascade_engine.store.layout import ArraySpec
 _PROT_NONE, _PROT_READ = 0, 1
 _MAP_SHARED, _MAP_PRIVATE, _MAP_FIXED, _MAP_ANONYMOUS, _MAP_NORESERVE = 0x01, 0x02, 0x10, 0x20, 0x4000
 _FAILED = ctypes.c_void_p(-1).value
-_WILLNEED = 3
+_WILLNEED, _DONTNEED = 3, 4
+_GATHERED = 128 << 20  # bytes of a mapped array that a gather keeps in memory at a time
 
 
 class Region:
@@ -87,6 +88,30 @@ def prefetch(array: np.ndarray[Any, Any], rows: np.ndarray[Any, Any]) -> None:
     span = ctypes.c_size_t(stride + mmap.PAGESIZE)
     for page in pages.tolist():
         advise(ctypes.c_void_p(page), span, _WILLNEED)
+
+
+def is_mapped(array: np.ndarray[Any, Any]) -> bool:
+    """Whether an array's memory is mapped files, of which the system may be told to forget the pages."""
+    owner: Any = array
+    while isinstance(owner, np.ndarray):
+        owner = owner.base
+    return isinstance(owner, Region)
+
+
+def gather(array: np.ndarray[Any, Any], rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """A copy of some rows, ascending; of a mapped array little more than the copy is in memory at any time."""
+    if not len(rows) or array.nbytes <= _GATHERED or not is_mapped(array):
+        return array[rows]
+    out = np.empty((len(rows), *array.shape[1:]), array.dtype)
+    start, stride = array.__array_interface__["data"][0], array.strides[0]
+    step = _GATHERED // stride
+    for first in range(0, len(array), step):
+        begin, end = np.searchsorted(rows, (first, first + step))
+        out[begin:end] = array[rows[begin:end]]
+        page = (start + first * stride) // mmap.PAGESIZE * mmap.PAGESIZE
+        span = min(step, len(array) - first) * stride
+        _libc().madvise(ctypes.c_void_p(page), ctypes.c_size_t(span), _DONTNEED)
+    return out
 
 
 def _open_chunk(

@@ -28,14 +28,22 @@ std::vector<int64_t> rows_between(int64_t begin, int64_t end) {
   return rows;
 }
 
+int64_t size_of(DType dtype) { return dtype == DType::float32 ? 4 : dtype == DType::float64 ? 8 : 2; }
+
+int64_t bytes_of(const Matrix& matrix) { return matrix.rows * matrix.stride * size_of(matrix.dtype); }
+
 }  // namespace
 
-Bank::Bank(std::vector<Matrix> views, const int64_t* key_video, Metric metric, const Kernels& kernels)
+Bank::Bank(std::vector<Matrix> views, const int64_t* key_video, Metric metric, const Kernels& kernels,
+           std::unique_ptr<Shelf> shelf)
     : views_(std::move(views)),
       key_video_(key_video),
       metric_(metric),
       kernels_(&kernels),
+      shelf_(std::move(shelf)),
       squared_norms_(views_.size()) {
+  if (shelf_ != nullptr)
+    for (const Matrix& view : views_) shelf_->residency().watch(const_cast<void*>(view.data), bytes_of(view));
   if (metric_ == Metric::inner_product) return;
   for (auto& norms : squared_norms_) norms.resize(size());
   update(0, size());
@@ -45,7 +53,7 @@ const Packed16& Bank::packed16(std::span<const int32_t> views, const Control& co
   const std::lock_guard lock(making_);
   const std::vector<int32_t> wanted(views.begin(), views.end());
   auto& found = packed16_[wanted];
-  if (!found) found = std::make_unique<Packed16>(views_, metric_, wanted, control);
+  if (!found) found = std::make_unique<Packed16>(views_, metric_, wanted, control, shelf_.get());
   return *found;
 }
 
@@ -53,8 +61,22 @@ const Packed8& Bank::packed8(std::span<const int32_t> views, const Control& cont
   const std::lock_guard lock(making_);
   const std::vector<int32_t> wanted(views.begin(), views.end());
   auto& found = packed8_[wanted];
-  if (!found) found = std::make_unique<Packed8>(views_, metric_, wanted, control);
+  if (!found) found = std::make_unique<Packed8>(views_, metric_, wanted, control, shelf_.get());
   return *found;
+}
+
+void Bank::dots(const double* query, int32_t view, const int64_t* keys, int64_t first, int64_t count,
+                double* out) const {
+  const Matrix& matrix = views_[view];
+  if (shelf_ == nullptr) return kernels_->dots(query, matrix, keys, first, count, out);
+  constexpr int64_t together = 4096;
+  const int64_t row_bytes = matrix.stride * size_of(matrix.dtype),
+                reach = keys != nullptr ? Residency::around : row_bytes;
+  for (int64_t done = 0; done < count; done += together) {
+    const int64_t some = std::min(together, count - done);
+    kernels_->dots(query, matrix, keys != nullptr ? keys + done : nullptr, first + done, some, out + done);
+    shelf_->residency().touched(some * reach);
+  }
 }
 
 const VideoIndex& Bank::videos() {
@@ -64,6 +86,7 @@ const VideoIndex& Bank::videos() {
 }
 
 bool Bank::worth_packing(int64_t batch) {
+  if (shelf_ != nullptr) return true;  // what one process packs serves all that come later
   const std::lock_guard lock(making_);
   asked_ += batch;
   return asked_ >= packing_pays_from;
@@ -76,7 +99,7 @@ void Bank::update(int64_t first, int64_t count) {
     for (size_t view = 0; view < views_.size(); ++view)
       for (int64_t row = first; row < first + count; ++row) {
         widen_row(views_[view], row, key);
-        kernels_->dots(key.data(), views_[view], nullptr, row, 1, &squared_norms_[view][row]);
+        dots(key.data(), static_cast<int32_t>(view), nullptr, row, 1, &squared_norms_[view][row]);
       }
   }
   overwritten_ += count;
@@ -88,7 +111,7 @@ void Bank::update(int64_t first, int64_t count) {
   for (auto& [views, packed] : packed16_)
     if (packed && !packed->update(first, count)) packed.reset();  // made anew when next needed
   for (auto& [views, packed] : packed8_)
-    if (packed) packed->update(first, count);
+    if (packed && !packed->update(first, count)) packed.reset();
   if (videos_) videos_->update(first, count);
 }
 

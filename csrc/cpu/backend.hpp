@@ -13,6 +13,7 @@
 #include "cpu/isa.hpp"
 #include "cpu/packed.hpp"
 #include "cpu/pool.hpp"
+#include "cpu/shelf.hpp"
 #include "cpu/video_index.hpp"
 
 namespace cascade::cpu {
@@ -20,8 +21,10 @@ namespace cascade::cpu {
 // A bank with all that is prepared for its searches: each part is made when first needed and kept.
 class Bank {
  public:
-  // The keys must outlive the bank.
-  Bank(std::vector<Matrix> views, const int64_t* key_video, Metric metric, const Kernels& kernels);
+  // The keys must outlive the bank. With a shelf, whose keys are in files that are mapped shared and never change, what
+  // is large is kept there, and all that is mapped is held to `Residency::budget` bytes of memory.
+  Bank(std::vector<Matrix> views, const int64_t* key_video, Metric metric, const Kernels& kernels,
+       std::unique_ptr<Shelf> shelf = nullptr);
 
   int64_t size() const { return views_.empty() ? 0 : views_.front().rows; }
   std::span<const Matrix> views() const { return views_; }
@@ -31,6 +34,15 @@ class Bank {
 
   // Each key's inner product with itself in the contract's order, [K]; empty for inner products, which need none.
   std::span<const double> squared_norms(int32_t view) const { return squared_norms_[view]; }
+
+  // The contract's inner products with `keys`, or with `count` keys from `first` on where `keys` is null.
+  void dots(const double* query, int32_t view, const int64_t* keys, int64_t first, int64_t count, double* out) const;
+
+  // To be told of packed bytes that were passed over.
+  void passed(int64_t bytes) const {
+    if (shelf_ != nullptr) shelf_->residency().touched(bytes);
+  }
+  Shelf* shelf() const { return shelf_.get(); }
 
   // Side by side packed views, and the index of videos; safe to call from several threads.
   const Packed16& packed16(std::span<const int32_t> views, const Control& control);
@@ -48,6 +60,7 @@ class Bank {
   const int64_t* key_video_;
   Metric metric_;
   const Kernels* kernels_;
+  std::unique_ptr<Shelf> shelf_;  // outlives what is packed in its files
   std::vector<std::vector<double>> squared_norms_;
   std::mutex making_;
   std::map<std::vector<int32_t>, std::unique_ptr<Packed16>> packed16_;

@@ -1,4 +1,4 @@
-// Memory for packed keys and scores: aligned for whole vectors, and for huge pages where it is large.
+// Memory for packed keys and scores: aligned for whole vectors, and for huge pages where it is large; or mapped.
 #pragma once
 
 #include <sys/mman.h>
@@ -28,7 +28,7 @@ class Buffer {
     constexpr size_t huge_page = size_t{2} << 20;
     const size_t bytes = static_cast<size_t>(size) * sizeof(T);
     const size_t alignment = bytes >= 2 * huge_page ? huge_page : 64;
-    data_.reset();
+    data_ = {};
     size_ = 0;
     data_.reset(static_cast<T*>(std::aligned_alloc(alignment, (bytes + alignment - 1) / alignment * alignment)));
     if (!data_) throw std::bad_alloc();
@@ -36,9 +36,18 @@ class Buffer {
     size_ = size;
   }
 
+  // Memory of someone else's, who outlives the buffer: a mapped file.
+  void borrow(T* memory, int64_t size) {
+    data_ = {memory, Free{.owned = false}};
+    size_ = size;
+  }
+
  private:
   struct Free {
-    void operator()(T* memory) const { std::free(memory); }
+    bool owned = true;
+    void operator()(T* memory) const {
+      if (owned) std::free(memory);
+    }
   };
   std::unique_ptr<T[], Free> data_;
   int64_t size_ = 0;

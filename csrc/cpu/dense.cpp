@@ -179,6 +179,7 @@ class Dense {
       for (int64_t start = 0; start < layout_.blocks; start += run) {
         if (should_stop()) return false;
         const int64_t stop = std::min(layout_.blocks, start + run);
+        call_.bank->passed((stop - start) * block_bytes);
         const int32_t* words = scratch_.words[view].data();
         int16_t* out = scratch_.rows[view].data();
         for (const int size : groups_) {

@@ -49,13 +49,12 @@ Embedding::Embedding(std::span<const Matrix> bank, Metric metric, std::vector<in
     Side& side = sides_.emplace_back();
     side.keys = bank[view];
     side.offset = dims_;
+    side.centre.assign(side.keys.columns, 0.0);
     dims_ += side.keys.columns + (metric_ == Metric::l2 ? 1 : 0);
-    learn(side);
   }
 }
 
 void Embedding::learn(Side& side) const {
-  side.centre.assign(side.keys.columns, 0.0);
   const int64_t rows = side.keys.rows, step = std::max<int64_t>(1, rows / sample_rows);
   std::vector<double> row, mean(side.keys.columns, 0.0);
   double before = 0, after = 0, count = 0;

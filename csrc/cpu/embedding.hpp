@@ -23,8 +23,26 @@ namespace cascade::cpu {
 
 class Embedding {
  public:
-  // Learns m, w and h from a sample of the keys. `views` side by side.
+  // `views` side by side. Afterwards either `learn` or `parameters` must say what m, w and h are.
   Embedding(std::span<const Matrix> bank, Metric metric, std::vector<int32_t> views);
+
+  // Learns m, w and h from a sample of the keys.
+  void learn() {
+    for (Side& side : sides_) learn(side);
+  }
+
+  // Calls `use(double&)` for everything that was learned, to write it down or to take it over.
+  template <class Use>
+  void parameters(const Use& use) {
+    for (Side& side : sides_) {
+      for (double& value : side.centre) use(value);
+      use(side.width);
+      use(side.height);
+    }
+    auto rotated = static_cast<double>(rotated_);
+    use(rotated);
+    rotated_ = rotated != 0;
+  }
 
   int64_t dims() const { return dims_; }
   double gain() const { return metric_ == Metric::l2 ? 2 : 1; }

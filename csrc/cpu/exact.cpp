@@ -79,7 +79,7 @@ void ExactView::scores(const int64_t* keys, int64_t first, int64_t count, double
     if (given_->dtype == DType::float64) given_scores<double>(*given_, row_, keys, first, count, out);
     return;
   }
-  bank_->kernels().dots(query_.data(), bank_->views()[view_], keys, first, count, out);
+  bank_->dots(query_.data(), view_, keys, first, count, out);
   if (bank_->metric() == Metric::inner_product) return;
   const double norm = std::sqrt(squared_norm_);
   const auto squared = bank_->squared_norms(view_);

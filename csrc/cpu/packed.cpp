@@ -54,32 +54,110 @@ double scale16(double norm, double most, int64_t dims) {
   return std::min((longest16 - 0.5 * std::sqrt(static_cast<double>(dims)) - 1) / norm, largest16 / most);
 }
 
-// Runs `use(row, y)` for all rows over the threads of `control`.
+// Tells where files are mapped that so many rows of all views were passed.
+void passed(Shelf* shelf, int64_t rows, int64_t bytes_per_row) {
+  if (shelf != nullptr) shelf->residency().touched(rows * bytes_per_row);
+}
+
+// Runs `use(part, row, y)` for all rows over the threads of `control`.
 template <class Use>
-void for_rows(int64_t rows, int64_t dims, const Control& control, const Use& use) {
+void for_rows(int64_t rows, int64_t dims, const Control& control, Shelf* shelf, const Use& use) {
   run_parts(control.threads, control, [&](int part, int parts) {
     std::vector<double> y(dims);
     for (int64_t row = rows * part / parts; row < rows * (part + 1) / parts; ++row) {
-      if (row % 1024 == 0 && should_stop()) return;
+      if (row % 1024 == 0) {
+        if (should_stop()) return;
+        passed(shelf, 1024, dims * 4);
+      }
       use(part, row, y.data());
     }
   });
 }
 
+// The same in the order of the packed blocks, a few of them at a time, which stay in the cache while they are filled:
+// each byte of a file is written once. `start(begin, end)` is called for the blocks before their rows.
+template <class Start, class Use>
+void for_blocks(const Layout& layout, int64_t dims, const Control& control, Shelf* shelf, const Start& start,
+                const Use& use) {
+  constexpr int64_t together = 64;  // blocks: half a megabyte for D = 128
+  const int64_t groups = (layout.blocks + together - 1) / together;
+  run_parts(control.threads, control, [&](int part, int parts) {
+    std::vector<double> y(dims);
+    for (int64_t group = groups * part / parts; group < groups * (part + 1) / parts; ++group) {
+      if (should_stop()) return;
+      const int64_t begin = group * together, end = std::min(layout.blocks, begin + together);
+      start(begin, end);
+      for (int64_t lane = 0; lane < layout.lanes; ++lane)
+        for (int64_t block = begin; block < end; ++block)
+          if (const int64_t row = block + lane * layout.blocks; row < layout.keys) use(part, row, y.data());
+      passed(shelf, (end - begin) * layout.lanes, dims * 8);
+    }
+  });
+}
+
+// Reads the parameters that a file holds, or writes them there.
+template <class Each>
+void take_over(const KeptFile& file, const Each& parameters) {
+  const double* from = file.parameters();
+  parameters([&](double& value) { value = *from++; });
+}
+
+template <class Each>
+void write_down(const KeptFile& file, const Each& parameters) {
+  double* to = file.parameters();
+  parameters([&](double& value) { *to++ = value; });
+}
+
+template <class Each>
+int64_t count(const Each& parameters) {
+  int64_t found = 0;
+  parameters([&](double&) { ++found; });
+  return found;
+}
+
 }  // namespace
 
-Packed16::Packed16(std::span<const Matrix> bank, Metric metric, std::vector<int32_t> views, const Control& control)
+Packed16::Packed16(std::span<const Matrix> bank, Metric metric, std::vector<int32_t> views, const Control& control,
+                   Shelf* shelf)
     : embedding_(bank, metric, std::move(views)),
       layout_(bank.front().rows, lanes16),
       steps_((embedding_.dims() + 1) / 2),
       stored_(embedding_.views().size(), 0.0) {
+  const int64_t words = layout_.blocks * steps_ * lanes16;
+  const auto each = [this](const auto& use) { parameters(use); };
+  if (shelf != nullptr) file_ = shelf->open("16bit", embedding_.views(), count(each), {{words * 4}}, control);
+  if (file_ == nullptr) {
+    words_.reserve(words);
+  } else {
+    words_.borrow(file_->array<int32_t>(0), words);
+    if (file_->complete()) {
+      take_over(*file_, each);
+      return;
+    }
+  }
+  embedding_.learn();
+  measure(control, shelf);
+  std::vector<double> residuals(std::max(1, control.threads), 0.0);
+  const auto clear = [&](int64_t begin, int64_t end) {
+    std::fill(words_.data() + begin * steps_ * lanes16, words_.data() + end * steps_ * lanes16, 0);
+  };
+  for_blocks(layout_, embedding_.dims(), control, shelf, clear,
+             [&](int part, int64_t row, double* y) { residuals[part] = std::max(residuals[part], pack(row, y)); });
+  residual_ = *std::max_element(residuals.begin(), residuals.end());
+  if (file_ == nullptr) return;
+  write_down(*file_, each);
+  shelf->finish(*file_, control);
+}
+
+// The longest row and the largest coordinate, and the scale that suits them.
+void Packed16::measure(const Control& control, Shelf* shelf) {
   struct Extent {
     double norm = 0, most = 0;
     std::vector<double> stored;
   };
   std::vector<Extent> extents(std::max(1, control.threads));
   for (Extent& extent : extents) extent.stored = stored_;
-  for_rows(layout_.keys, embedding_.dims(), control, [&](int part, int64_t row, double* y) {
+  for_rows(layout_.keys, embedding_.dims(), control, shelf, [&](int part, int64_t row, double* y) {
     embedding_.key(row, y);
     embedding_.raise_longest(row, extents[part].stored);
     extents[part].norm = std::max(extents[part].norm, length(y, embedding_.dims()));
@@ -92,33 +170,29 @@ Packed16::Packed16(std::span<const Matrix> bank, Metric metric, std::vector<int3
     for (size_t view = 0; view < stored_.size(); ++view) stored_[view] = std::max(stored_[view], extent.stored[view]);
   }
   scale_ = scale16(longest_, most, embedding_.dims());
-  words_.reserve(layout_.blocks * steps_ * lanes16);
-  std::memset(words_.data(), 0, sizeof(int32_t) * layout_.blocks * steps_ * lanes16);
-  std::vector<double> residuals(extents.size(), 0.0);
-  for_rows(layout_.keys, embedding_.dims(), control, [&](int part, int64_t row, double* y) {
-    thread_local std::vector<int16_t> integers;
-    integers.assign(2 * steps_, 0);
-    embedding_.key(row, y);
-    residuals[part] = std::max(residuals[part], quantise(y, embedding_.dims(), scale_, largest16, integers.data()));
-    const int64_t position = layout_.position(row);
-    int32_t* out = words_.data() + position / lanes16 * steps_ * lanes16 + position % lanes16;
-    for (int64_t step = 0; step < steps_; ++step) std::memcpy(out + step * lanes16, &integers[2 * step], 4);
-  });
-  residual_ = *std::max_element(residuals.begin(), residuals.end());
+}
+
+// Writes one row; returns the norm of what its integers lose.
+double Packed16::pack(int64_t row, double* y) {
+  thread_local std::vector<int16_t> integers;
+  integers.assign(2 * steps_, 0);
+  embedding_.key(row, y);
+  const double lost = quantise(y, embedding_.dims(), scale_, largest16, integers.data());
+  const int64_t position = layout_.position(row);
+  int32_t* out = words_.data() + position / lanes16 * steps_ * lanes16 + position % lanes16;
+  for (int64_t step = 0; step < steps_; ++step) std::memcpy(out + step * lanes16, &integers[2 * step], 4);
+  return lost;
 }
 
 bool Packed16::update(int64_t first, int64_t count) {
+  if (file_ != nullptr) return false;
   std::vector<double> y(embedding_.dims());
-  std::vector<int16_t> integers(2 * steps_, 0);
   for (int64_t row = first; row < first + count; ++row) {
     embedding_.key(row, y.data());
     if (length(y.data(), embedding_.dims()) > longest_ || largest(y.data(), embedding_.dims()) * scale_ > largest16)
       return false;
     embedding_.raise_longest(row, stored_);
-    residual_ = std::max(residual_, quantise(y.data(), embedding_.dims(), scale_, largest16, integers.data()));
-    const int64_t position = layout_.position(row);
-    int32_t* out = words_.data() + position / lanes16 * steps_ * lanes16 + position % lanes16;
-    for (int64_t step = 0; step < steps_; ++step) std::memcpy(out + step * lanes16, &integers[2 * step], 4);
+    residual_ = std::max(residual_, pack(row, y.data()));
   }
   return true;
 }
@@ -140,19 +214,52 @@ Packed16::Query Packed16::pack_query(std::span<const Matrix> queries, int64_t ro
   return {fits && std::isfinite(error) ? error : std::numeric_limits<double>::infinity(), unit};
 }
 
-Packed8::Packed8(std::span<const Matrix> bank, Metric metric, std::vector<int32_t> views, const Control& control)
+Packed8::Packed8(std::span<const Matrix> bank, Metric metric, std::vector<int32_t> views, const Control& control,
+                 Shelf* shelf)
     : embedding_(bank, metric, std::move(views)),
       layout_(bank.front().rows, lanes8),
       steps_((embedding_.dims() + 3) / 4),
       stored_(embedding_.views().size(), 0.0) {
+  const int64_t keys = layout_.positions(), bytes = keys * steps_ * 4;
+  const auto each = [this](const auto& use) { parameters(use); };
+  if (shelf != nullptr)
+    file_ = shelf->open("8bit", embedding_.views(), count(each), {{bytes, keys * 4, keys * 4}}, control);
+  if (file_ == nullptr) {
+    bytes_.reserve(bytes);
+    scale_.reserve(keys);
+    residual_.reserve(keys);
+  } else {
+    bytes_.borrow(file_->array<uint8_t>(0), bytes);
+    scale_.borrow(file_->array<float>(1), keys);
+    residual_.borrow(file_->array<float>(2), keys);
+    if (file_->complete()) {
+      take_over(*file_, each);
+      return;
+    }
+  }
+  embedding_.learn();
   choose_rotation();
+  measure(control, shelf);
+  const auto clear = [&](int64_t begin, int64_t end) {
+    std::fill(bytes_.data() + begin * steps_ * lanes8 * 4, bytes_.data() + end * steps_ * lanes8 * 4, uint8_t{128});
+    std::fill(scale_.data() + begin * lanes8, scale_.data() + end * lanes8, std::numeric_limits<float>::quiet_NaN());
+    std::fill(residual_.data() + begin * lanes8, residual_.data() + end * lanes8, 0.0f);
+  };
+  for_blocks(layout_, embedding_.dims(), control, shelf, clear, [&](int, int64_t row, double* y) { pack(row, y); });
+  if (file_ == nullptr) return;
+  write_down(*file_, each);
+  shelf->finish(*file_, control);
+}
+
+// The longest row, by which all are divided.
+void Packed8::measure(const Control& control, Shelf* shelf) {
   struct Extent {
     double norm = 0;
     std::vector<double> stored;
   };
   std::vector<Extent> extents(std::max(1, control.threads));
   for (Extent& extent : extents) extent.stored = stored_;
-  for_rows(layout_.keys, embedding_.dims(), control, [&](int part, int64_t row, double* y) {
+  for_rows(layout_.keys, embedding_.dims(), control, shelf, [&](int part, int64_t row, double* y) {
     embedding_.key(row, y);
     embedding_.raise_longest(row, extents[part].stored);
     extents[part].norm = std::max(extents[part].norm, length(y, embedding_.dims()));
@@ -164,13 +271,6 @@ Packed8::Packed8(std::span<const Matrix> bank, Metric metric, std::vector<int32_
   }
   unit_ = norm > 0 ? norm : 1;
   longest_ = 1 * round_up;
-  bytes_.reserve(layout_.positions() * steps_ * 4);
-  std::memset(bytes_.data(), 128, layout_.positions() * steps_ * 4);
-  scale_.reserve(layout_.positions());
-  residual_.reserve(layout_.positions());
-  std::fill_n(scale_.data(), layout_.positions(), std::numeric_limits<float>::quiet_NaN());
-  std::fill_n(residual_.data(), layout_.positions(), 0.0f);
-  for_rows(layout_.keys, embedding_.dims(), control, [&](int, int64_t row, double* y) { pack(row, y); });
 }
 
 // Rotating costs time when packing and when querying, so only where it makes the largest coordinates clearly smaller.
@@ -207,13 +307,15 @@ void Packed8::pack(int64_t row, double* y) {
     for (int64_t i = 0; i < 4; ++i) out[step * lanes8 * 4 + i] = static_cast<uint8_t>(integers[4 * step + i] + 128);
 }
 
-void Packed8::update(int64_t first, int64_t count) {
+bool Packed8::update(int64_t first, int64_t count) {
+  if (file_ != nullptr) return false;
   std::vector<double> y(embedding_.dims());
   for (int64_t row = first; row < first + count; ++row) {
     pack(row, y.data());
     longest_ = std::max(longest_, length(y.data(), embedding_.dims()));  // pack left y / unit
     embedding_.raise_longest(row, stored_);
   }
+  return true;
 }
 
 Packed8::Query Packed8::pack_query(std::span<const Matrix> queries, int64_t row, std::span<const double> weights,

@@ -10,6 +10,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <span>
 #include <vector>
 
@@ -17,6 +18,7 @@
 #include "cpu/embedding.hpp"
 #include "cpu/isa.hpp"
 #include "cpu/pool.hpp"
+#include "cpu/shelf.hpp"
 
 namespace cascade::cpu {
 
@@ -35,7 +37,9 @@ struct Layout {
 // Two 16-bit values a word, one scale for the whole bank: integer scores of a query compare directly.
 class Packed16 {
  public:
-  Packed16(std::span<const Matrix> bank, Metric metric, std::vector<int32_t> views, const Control& control);
+  // Where there is a shelf, packed in a file of its, or taken from there. Then rows cannot be repacked.
+  Packed16(std::span<const Matrix> bank, Metric metric, std::vector<int32_t> views, const Control& control,
+           Shelf* shelf = nullptr);
 
   // Repacks rows in place. False where a row is too long for the bank's scale: the whole bank must be packed anew.
   bool update(int64_t first, int64_t count);
@@ -54,8 +58,16 @@ class Packed16 {
                    int64_t stride) const;
 
  private:
-  bool pack(int64_t row, double* y);
+  template <class Use>
+  void parameters(const Use& use) {
+    embedding_.parameters(use);
+    for (double* value : {&scale_, &longest_, &residual_}) use(*value);
+    for (double& value : stored_) use(value);
+  }
+  void measure(const Control& control, Shelf* shelf);
+  double pack(int64_t row, double* y);
 
+  std::unique_ptr<KeptFile> file_;  // what words_ lies in, or null
   Embedding embedding_;
   Layout layout_;
   int64_t steps_;
@@ -69,9 +81,11 @@ class Packed16 {
 // Four 8-bit values a word, a scale and a residual norm for each key.
 class Packed8 {
  public:
-  Packed8(std::span<const Matrix> bank, Metric metric, std::vector<int32_t> views, const Control& control);
+  Packed8(std::span<const Matrix> bank, Metric metric, std::vector<int32_t> views, const Control& control,
+          Shelf* shelf = nullptr);
 
-  void update(int64_t first, int64_t count);
+  // Repacks rows in place; false where that cannot be.
+  bool update(int64_t first, int64_t count);
 
   const Embedding& embedding() const { return embedding_; }
   const Layout& layout() const { return layout_; }
@@ -89,9 +103,17 @@ class Packed8 {
   Query pack_query(std::span<const Matrix> queries, int64_t row, std::span<const double> weights, int8_t* bytes) const;
 
  private:
+  template <class Use>
+  void parameters(const Use& use) {
+    embedding_.parameters(use);
+    for (double* value : {&unit_, &longest_}) use(*value);
+    for (double& value : stored_) use(value);
+  }
+  void measure(const Control& control, Shelf* shelf);
   void pack(int64_t row, double* y);
   void choose_rotation();
 
+  std::unique_ptr<KeptFile> file_;  // what the buffers lie in, or null
   Embedding embedding_;
   Layout layout_;
   int64_t steps_;

@@ -165,7 +165,10 @@ class Stream {
   // All other blocks, each once: its keys stay in the first-level cache while all queries pass over them.
   bool scan(int64_t first) {
     for (int64_t block = first; block < layout_.blocks; ++block) {
-      if (block % blocks_per_poll == 0 && should_stop()) return false;
+      if (block % blocks_per_poll == 0) {
+        if (should_stop()) return false;
+        call_.bank->passed(blocks_per_poll * packed_.steps() * lanes8 * 4);
+      }
       for (int64_t group = 0; group < groups_; ++group) {
         uint32_t any = tile(group, block, &least_[group * queries8]);
         for (; any != 0; any &= any - 1) {

@@ -49,12 +49,15 @@ class Plan {
   int32_t views_ = 0;
 };
 
+using Kept = std::tuple<std::string, std::string, std::string, std::vector<std::string>>;
+
 // A bank with the arrays it reads.
 class HeldBank {
  public:
+  // `kept` is null, or folder, suffix, identity and the views' names of a shelf.
   HeldBank(const std::vector<std::pair<py::object, bool>>& views, const py::object& video_id, int metric,
-           const std::string& isa)
-      : held_(), bank_(make(views, video_id, metric, isa)) {}
+           const std::string& isa, const std::optional<Kept>& kept)
+      : held_(), bank_(make(views, video_id, metric, isa, kept)) {}
 
   cpu::Bank& bank() { return bank_; }
   void update(int64_t first, int64_t count) {
@@ -62,10 +65,13 @@ class HeldBank {
     const py::gil_scoped_release release;
     bank_.update(first, count);
   }
+  std::vector<std::string> troubles() {
+    return bank_.shelf() != nullptr ? bank_.shelf()->take_troubles() : std::vector<std::string>{};
+  }
 
  private:
   cpu::Bank make(const std::vector<std::pair<py::object, bool>>& views, const py::object& video_id, int metric,
-                 const std::string& isa) {
+                 const std::string& isa, const std::optional<Kept>& kept) {
     std::vector<Matrix> matrices;
     matrices.reserve(views.size());
     for (const auto& [array, bfloat16] : views) matrices.push_back(held_.emplace_back(array).matrix(bfloat16));
@@ -78,8 +84,14 @@ class HeldBank {
       if (held_.back().tensor().shape[0] != matrices.front().rows) throw py::value_error("expected one id per key");
     }
     const cpu::Kernels& kernels = cpu::choose(isa);
+    std::unique_ptr<cpu::Shelf> shelf;
+    if (kept) {
+      const auto& [folder, suffix, identity, names] = *kept;
+      if (names.size() != views.size()) throw py::value_error("expected a name for every view");
+      shelf = std::make_unique<cpu::Shelf>(folder, suffix, identity, names);
+    }
     const py::gil_scoped_release release;
-    return {std::move(matrices), ids, static_cast<Metric>(metric), kernels};
+    return {std::move(matrices), ids, static_cast<Metric>(metric), kernels, std::move(shelf)};
   }
 
   std::vector<Imported> held_;
@@ -249,8 +261,10 @@ PYBIND11_MODULE(_cpu, module) {
   py::class_<python::Plan>(module, "Plan")
       .def(py::init<std::vector<std::tuple<std::vector<int32_t>, int, int64_t, bool>>>(), py::arg("stages"));
   py::class_<python::HeldBank>(module, "Bank")
-      .def(py::init<const std::vector<std::pair<py::object, bool>>&, const py::object&, int, const std::string&>(),
-           py::arg("views"), py::arg("video_id"), py::arg("metric"), py::arg("isa"))
+      .def(py::init<const std::vector<std::pair<py::object, bool>>&, const py::object&, int, const std::string&,
+                    const std::optional<python::Kept>&>(),
+           py::arg("views"), py::arg("video_id"), py::arg("metric"), py::arg("isa"), py::arg("kept") = py::none())
+      .def("troubles", &python::HeldBank::troubles)
       .def("update", &python::HeldBank::update, py::arg("first"), py::arg("count"));
   module.def("mine", &python::mine, py::arg("bank"), py::arg("plan"), py::arg("queries"), py::arg("query_video"),
              py::arg("mask"), py::arg("trace"), py::arg("threads"));
