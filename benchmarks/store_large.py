@@ -74,7 +74,7 @@ def large(folder: Path, rows: int, dim: int, step: Callable[[str], None]) -> tup
     step("comparing with float64")
     answers = [np.array(each.pop("answer")) for each in found]
     check(path, answers[0], rows, dim)
-    if not np.array_equal(*answers):
+    if not np.array_equal(answers[0], answers[1]):
         raise CascadeError("large store: two processes answered differently")
     first, second = (Use(**{**each, "mine": tuple(each["mine"])}) for each in found)
     return first, second

@@ -226,7 +226,7 @@ def test_the_model_finds_what_is_wrong_without_syncs(tmp_path):
 
 
 @pytest.mark.full
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(3600)
 def test_power_loss_at_twenty_thousand_points(tmp_path):
     for seed in range(20):
         (tmp_path / str(seed)).mkdir()

@@ -101,7 +101,8 @@ def is_mapped(array: np.ndarray[Any, Any]) -> bool:
 def gather(array: np.ndarray[Any, Any], rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """A copy of some rows, ascending; of a mapped array little more than the copy is in memory at any time."""
     if not len(rows) or array.nbytes <= _GATHERED or not is_mapped(array):
-        return array[rows]
+        few: np.ndarray[Any, Any] = array[rows]
+        return few
     out = np.empty((len(rows), *array.shape[1:]), array.dtype)
     start, stride = array.__array_interface__["data"][0], array.strides[0]
     step = _GATHERED // stride
