@@ -69,7 +69,7 @@ def large(folder: Path, rows: int, dim: int, step: Callable[[str], None]) -> tup
     for what in ("preparing", "prepared"):
         step(what)
         code = "import sys; from cascade_engine.benchmarks.store_large import use; use(sys.argv[1])"
-        done = subprocess.run([sys.executable, "-c", code, str(path)], check=True, stdout=subprocess.PIPE)  # noqa: S603
+        done = subprocess.run([sys.executable, "-P", "-c", code, str(path)], check=True, stdout=subprocess.PIPE)  # noqa: S603
         found.append(json.loads(done.stdout))
     step("comparing with float64")
     answers = [np.array(each.pop("answer")) for each in found]

@@ -172,7 +172,7 @@ def test_several_processes_prepare_at_once(path):
         "found = ce.mine(ce.CascadePlan.parse('rgb:10'), {'rgb': bank.keys['rgb'][:40]}, bank, backend='cpu')\n"
         "print(found.index.tolist())"
     )
-    work = [subprocess.Popen([sys.executable, "-c", code, path], stdout=subprocess.PIPE) for _ in range(3)]
+    work = [subprocess.Popen([sys.executable, "-P", "-c", code, path], stdout=subprocess.PIPE) for _ in range(3)]
     found = {each.communicate()[0] for each in work}
     assert [each.returncode for each in work] == [0, 0, 0]
     assert len(found) == 1
