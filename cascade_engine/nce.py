@@ -144,7 +144,8 @@ def _scan(
     differentiate: bool,
 ) -> _Scan:
     """The pass: in C++ for float32 on a CPU, in tiles of torch products whose scores share one buffer elsewhere."""
-    if query.dtype == torch.float32 and query.device.type == "cpu" and cpu.unavailable() is None:
+    stored = query.dtype == torch.float32 and keys.dtype != torch.float64
+    if stored and query.device.type == "cpu" and cpu.unavailable() is None:
         arrays = (each.detach().contiguous() for each in (query, own, slot, row, absent_slot, absent_row))
         found = cpu.contrast(*arrays, keys=to_host(keys, "keys"), temperature=temperature, differentiate=differentiate)
         top, total, direction, score = map(torch.from_numpy, found)

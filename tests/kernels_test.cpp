@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <functional>
 #include <limits>
 #include <random>
 #include <string>
@@ -12,6 +13,7 @@
 
 #include "cpu/backend.hpp"
 #include "cpu/contrast.hpp"
+#include "cpu/threshold.hpp"
 
 namespace {
 
@@ -204,6 +206,36 @@ bool contrasts_right(const cpu::Isa& isa, std::mt19937& rng) {
   return right;
 }
 
+// The bracket holds the m-th largest score and is narrow, also where the vectors that the search samples mislead it.
+bool thresholds_right(const cpu::Isa& isa, std::mt19937& rng) {
+  const auto vectors = static_cast<int64_t>(1 + rng() % 300), n = vectors * cpu::lanes16;
+  const int spread = 1 << rng() % 15, slack = static_cast<int>(rng() % 20);
+  const int lifted = rng() % 2 == 0 ? 0 : rng() % 2 == 0 ? 16000 : -16000;
+  std::vector<int16_t> score(n), middle(n + 64);
+  for (int16_t& each : score) each = static_cast<int16_t>(static_cast<int>(rng() % (2 * spread)) - spread);
+  for (int64_t j = 0; j < 16; ++j)
+    for (int64_t lane = 0; lane < cpu::lanes16; ++lane) {
+      int16_t& each = score[j * (vectors - 1) / 16 * cpu::lanes16 + lane];
+      each = static_cast<int16_t>(std::clamp(each + lifted, -32767, 32767));
+    }
+  for (int64_t i = 0; i < n; ++i)
+    if (rng() % 9 == 0) score[i] = cpu::no_score;
+  std::vector<int16_t> sorted(score);
+  std::sort(sorted.begin(), sorted.end(), std::greater<>());
+  const auto valid = static_cast<int64_t>(std::find(sorted.begin(), sorted.end(), cpu::no_score) - sorted.begin());
+  if (valid == 0) return true;
+  const auto m = static_cast<int64_t>(1 + rng() % valid);
+  const cpu::Threshold found = cpu::find_threshold(isa.kernels(), score.data(), n, valid, m, slack, middle.data());
+  const int wanted = sorted[m - 1];
+  // A bracket of one number may also be any that exactly m scores reach.
+  const bool exactly = found.low == found.high &&
+                       std::count_if(score.begin(), score.end(), [&](int16_t each) { return each >= found.low; }) == m;
+  if (exactly || (found.low <= wanted && wanted <= found.high && found.high - found.low <= slack)) return true;
+  std::printf("%s: the %ld-th of %ld scores is %d, the bracket [%d, %d]\n", isa.name, static_cast<long>(m),
+              static_cast<long>(n), wanted, found.low, found.high);
+  return false;
+}
+
 }  // namespace
 
 int main(int count, char** words) {
@@ -232,6 +264,7 @@ int main(int count, char** words) {
       }
     std::mt19937 rng(7);
     for (int round = 0; round < 4 * rounds; ++round) failures += !contrasts_right(isa, rng);
+    for (int round = 0; round < 500 * rounds; ++round) failures += !thresholds_right(isa, rng);
     std::printf("%s: %d problems\n", isa.name, problems);
   }
   std::printf(failures == 0 ? "all equal\n" : "%d failures\n", failures);

@@ -17,6 +17,7 @@
 
 #include "cpu/fast.hpp"
 #include "cpu/spans.hpp"
+#include "cpu/threshold.hpp"
 
 namespace cascade::cpu {
 namespace {
@@ -27,33 +28,6 @@ constexpr int64_t few = 24;            // so few candidates are ranked exactly a
 constexpr int64_t scores_in_cache =
     12 << 20;  // bytes of score rows that a thread holds, its share of a last-level cache
 constexpr int64_t keys_in_cache = 384 << 10;  // bytes of packed keys that a run of tiles goes over
-
-// The m-th largest score lies in [low, high].
-struct Threshold {
-  int low;
-  int high;
-};
-
-// Narrows a bracket, count(>= low) = at_low >= m > at_high = count(>= high), until it is no wider than `slack`.
-// Interpolates, with a bisection now and then where the scores are unevenly spread.
-Threshold narrow(const Kernels& kernels, const int16_t* score, int64_t n, int64_t m, int low, int64_t at_low, int high,
-                 int64_t at_high, int slack) {
-  for (int round = 0; high - low > 1 + slack; ++round) {
-    const auto reach = static_cast<int64_t>(high - low) * (at_low - m) / std::max<int64_t>(1, at_low - at_high);
-    const int guess = round % 3 == 2 ? low + (high - low) / 2 : low + static_cast<int>(reach);
-    const int middle = std::clamp(guess, low + 1, high - 1);
-    const int64_t count = kernels.count16(score, n, static_cast<int16_t>(middle));
-    if (count == m) return {middle, middle};
-    if (count > m) {
-      low = middle;
-      at_low = count;
-    } else {
-      high = middle;
-      at_high = count;
-    }
-  }
-  return {low, high - 1};
-}
 
 struct Open {
   Ranked ranked;
@@ -257,47 +231,6 @@ class Dense {
     return left;
   }
 
-  // A guess from 16 strided vectors brackets the m-th largest; one pass keeps the scores between; counts do the rest.
-  Threshold threshold(const int16_t* score, int64_t n, int64_t valid, int64_t m, int slack) {
-    constexpr int64_t sampled = 16;
-    const int64_t vectors = n / lanes16;
-    if (vectors > 6 * sampled) {
-      alignas(64) int16_t sample[sampled * lanes16];
-      for (int64_t j = 0; j < sampled; ++j)
-        std::copy_n(score + j * (vectors - 1) / sampled * lanes16, lanes16, sample + j * lanes16);
-      const auto size = static_cast<double>(sampled * lanes16);
-      const double rank = static_cast<double>(m) * size / static_cast<double>(n);
-      const double spread = 2.7 * std::sqrt(std::max(0.0, rank * (1 - rank / size))) + 2;
-      int16_t low = 0, high = 0;
-      kernels_.range16(sample, sampled * lanes16, &low, &high);
-      const int64_t there = kernels_.count16(sample, sampled * lanes16, no_score + 1);
-      const auto under = static_cast<int64_t>(std::ceil(rank + spread));
-      const auto over = static_cast<int64_t>(std::floor(rank - spread));
-      const auto at = [&](int64_t wanted) {
-        return narrow(kernels_, sample, sampled * lanes16, wanted, low, there, high + 1, 0, 8);
-      };
-      const int least = under < there ? at(under).low : no_score + 1;
-      const int most = over >= 1 && over < there ? at(over).high : 32767;
-      if (least <= most) {
-        const Split found = kernels_.collect16(score, n, static_cast<int16_t>(least), static_cast<int16_t>(most),
-                                               scratch_.middle.data());
-        const int64_t wanted = m - found.kept, padded = pad(scratch_.middle.data(), found.open);
-        if (wanted >= 1 && wanted <= found.open)
-          return narrow(kernels_, scratch_.middle.data(), padded, wanted, least, found.open, most + 1, 0, slack);
-      }
-    }
-    int16_t low = 0, high = 0;
-    kernels_.range16(score, n, &low, &high);
-    return narrow(kernels_, score, n, m, low, valid, high + 1, 0, slack);
-  }
-
-  // Fills up the last vector with `no_score`; returns the padded length.
-  static int64_t pad(int16_t* score, int64_t n) {
-    const int64_t padded = (n + lanes16 - 1) / lanes16 * lanes16;
-    std::fill(score + n, score + padded, no_score);
-    return padded;
-  }
-
   // One query's stages. Candidates are columns: first all positions, then lists, compacted in place.
   void cascade(int64_t row, int64_t query) {
     const Span span(Phase::select);
@@ -354,7 +287,8 @@ class Dense {
       decided = number + 1;
       if (keep == eligible) continue;
       const int width = width_of(error);
-      const Threshold theta = threshold(score, layout_.positions(), eligible, keep, width / 8);
+      const Threshold theta =
+          find_threshold(kernels_, score, layout_.positions(), eligible, keep, width / 8, scratch_.middle.data());
       ranking.low = std::max(theta.low - width + 1, no_score + 1);
       ranking.high = std::min(theta.high + width, 32768);
       scratch_.open_score[0].reserve(padded_);
@@ -377,7 +311,7 @@ class Dense {
     Columns open{.position = scratch_.open_position.data(), .score = {}};
     const int rows = columns(number, from, open);
     const Split found =
-        kernels_.split16(from, 0, pad(from.score[0], alive), rows, ranking.low, ranking.high, from, open);
+        kernels_.split16(from, 0, pad_scores(from.score[0], alive), rows, ranking.low, ranking.high, from, open);
     int64_t in = found.kept;
     for (int64_t i = 0; i < found.open; ++i) {
       if (!std::binary_search(ranking.kept.begin(), ranking.kept.end(), open.position[i])) continue;
@@ -395,10 +329,11 @@ class Dense {
     Columns from{.position = listed ? scratch_.position.data() : nullptr, .score = {}};
     Columns open{.position = scratch_.open_position.data(), .score = {}};
     const int rows = columns(number, from, open);
-    const int64_t n = listed ? pad(from.score[0], alive) : layout_.positions();
+    const int64_t n = listed ? pad_scores(from.score[0], alive) : layout_.positions();
     int low = no_score + 1, high = low;
     if (keep < alive) {
-      const Threshold theta = threshold(from.score[0], n, alive, keep, width / 8);
+      const Threshold theta =
+          find_threshold(kernels_, from.score[0], n, alive, keep, width / 8, scratch_.middle.data());
       low = std::max(theta.low - width + 1, low);
       high = last ? low : theta.high + width;
     }

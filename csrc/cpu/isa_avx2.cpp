@@ -233,48 +233,41 @@ struct Eight {
   }
 };
 
-template <bool listed, int rows>
-Split split16_of(const Columns& from, uint32_t first, int64_t n, int low, int high, const Columns& to_keep,
-                 const Columns& to_open) {
-  const __m256i under = _mm256_set1_epi16(static_cast<int16_t>(low - 1));
-  const __m256i unsure = _mm256_set1_epi16(static_cast<int16_t>(high - 1));
-  const Columns source = from, kept = to_keep, open = to_open;  // copies: stores through them alias nothing
-  const __m256i iota = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-  Split found{0, 0};
-  for (int64_t i = 0; i < n; i += 16) {
-    const __m256i value = load16(source.score[0] + i);
-    const uint32_t possible = over(value, under);
-    if (possible == 0) continue;
-    const uint32_t in = over(value, unsure), undecided = possible & ~in;
-    for (int half = 0; half < 2; ++half) {
-      const int64_t at = i + 8 * half;
-      Eight<rows> eight;
-      if constexpr (listed)
-        eight.position = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source.position + at));
-      else
-        eight.position = _mm256_add_epi32(iota, _mm256_set1_epi32(static_cast<int>(first + static_cast<uint32_t>(at))));
-      eight.score[0] = half == 0 ? _mm256_castsi256_si128(value) : _mm256_extracti128_si256(value, 1);
-      for (int row = 1; row < rows; ++row) eight.score[row] = load8(source.score[row] + at);
-      eight.store(kept, found.kept, in >> 8 * half & 255);
-      if (undecided != 0) eight.store(open, found.open, undecided >> 8 * half & 255);
+struct Split16 {
+  template <bool listed, int rows>
+  static Split of(const Columns& from, uint32_t first, int64_t n, int low, int high, const Columns& to_keep,
+                  const Columns& to_open) {
+    const __m256i under = _mm256_set1_epi16(static_cast<int16_t>(low - 1));
+    const __m256i unsure = _mm256_set1_epi16(static_cast<int16_t>(high - 1));
+    const Columns source = from, kept = to_keep, open = to_open;  // copies: stores through them alias nothing
+    const __m256i iota = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    Split found{0, 0};
+    for (int64_t i = 0; i < n; i += 16) {
+      const __m256i value = load16(source.score[0] + i);
+      const uint32_t possible = over(value, under);
+      if (possible == 0) continue;
+      const uint32_t in = over(value, unsure), undecided = possible & ~in;
+      for (int half = 0; half < 2; ++half) {
+        const int64_t at = i + 8 * half;
+        Eight<rows> eight;
+        if constexpr (listed)
+          eight.position = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source.position + at));
+        else
+          eight.position =
+              _mm256_add_epi32(iota, _mm256_set1_epi32(static_cast<int>(first + static_cast<uint32_t>(at))));
+        eight.score[0] = half == 0 ? _mm256_castsi256_si128(value) : _mm256_extracti128_si256(value, 1);
+        for (int row = 1; row < rows; ++row) eight.score[row] = load8(source.score[row] + at);
+        eight.store(kept, found.kept, in >> 8 * half & 255);
+        if (undecided != 0) eight.store(open, found.open, undecided >> 8 * half & 255);
+      }
     }
+    return found;
   }
-  return found;
-}
-
-template <bool listed>
-Split split16_rows(const Columns& from, uint32_t first, int64_t n, int rows, int low, int high, const Columns& kept,
-                   const Columns& open) {
-  if (rows == 1) return split16_of<listed, 1>(from, first, n, low, high, kept, open);
-  if (rows == 2) return split16_of<listed, 2>(from, first, n, low, high, kept, open);
-  if (rows == 3) return split16_of<listed, 3>(from, first, n, low, high, kept, open);
-  return generic::split16(from, first, n, rows, low, high, kept, open);
-}
+};
 
 Split split16(const Columns& from, uint32_t first, int64_t n, int rows, int low, int high, const Columns& kept,
               const Columns& open) {
-  if (from.position != nullptr) return split16_rows<true>(from, first, n, rows, low, high, kept, open);
-  return split16_rows<false>(from, first, n, rows, low, high, kept, open);
+  return generic::split16_by_rows<Split16>(from, first, n, rows, low, high, kept, open);
 }
 
 // ---- the loss's tiles

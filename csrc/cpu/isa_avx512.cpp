@@ -176,56 +176,48 @@ inline void store_positions(uint32_t* out, __m512i low, __m512i high, __mmask32 
   _mm512_storeu_si512(out + bits(first), _mm512_maskz_compress_epi32(second, high));
 }
 
-template <bool listed, int rows>
-Split split16_of(const Columns& from, uint32_t first, int64_t n, int low, int high, const Columns& kept,
-                 const Columns& open) {
-  const __m512i least = _mm512_set1_epi16(static_cast<int16_t>(low));
-  const __m512i sure = _mm512_set1_epi16(static_cast<int16_t>(high > 32767 ? 32767 : high));
-  const __mmask32 reachable = high > 32767 ? 0u : ~0u;
-  const __m512i iota = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  Split found{0, 0};
-  for (int64_t i = 0; i < n; i += 32) {
-    const __m512i value = load32(from.score[0] + i);
-    const __mmask32 in = _mm512_cmpge_epi16_mask(value, sure) & reachable;
-    const __mmask32 undecided = _mm512_cmpge_epi16_mask(value, least) & ~in;
-    if ((in | undecided) == 0) continue;
-    __m512i p0, p1, other[rows];
-    if constexpr (listed) {
-      p0 = _mm512_loadu_si512(from.position + i);
-      p1 = _mm512_loadu_si512(from.position + i + 16);
-    } else {
-      p0 = _mm512_add_epi32(iota, _mm512_set1_epi32(static_cast<int>(first + static_cast<uint32_t>(i))));
-      p1 = _mm512_add_epi32(p0, _mm512_set1_epi32(16));
-    }
-    other[0] = value;
-    for (int row = 1; row < rows; ++row) other[row] = load32(from.score[row] + i);
-    store_positions(kept.position + found.kept, p0, p1, in);
-    for (int row = 0; row < rows; ++row)
-      _mm512_storeu_si512(kept.score[row] + found.kept, _mm512_maskz_compress_epi16(in, other[row]));
-    found.kept += bits(in);
-    if (undecided != 0) {
-      store_positions(open.position + found.open, p0, p1, undecided);
+struct Split16 {
+  template <bool listed, int rows>
+  static Split of(const Columns& from, uint32_t first, int64_t n, int low, int high, const Columns& kept,
+                  const Columns& open) {
+    const __m512i least = _mm512_set1_epi16(static_cast<int16_t>(low));
+    const __m512i sure = _mm512_set1_epi16(static_cast<int16_t>(high > 32767 ? 32767 : high));
+    const __mmask32 reachable = high > 32767 ? 0u : ~0u;
+    const __m512i iota = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    Split found{0, 0};
+    for (int64_t i = 0; i < n; i += 32) {
+      const __m512i value = load32(from.score[0] + i);
+      const __mmask32 in = _mm512_cmpge_epi16_mask(value, sure) & reachable;
+      const __mmask32 undecided = _mm512_cmpge_epi16_mask(value, least) & ~in;
+      if ((in | undecided) == 0) continue;
+      __m512i p0, p1, other[rows];
+      if constexpr (listed) {
+        p0 = _mm512_loadu_si512(from.position + i);
+        p1 = _mm512_loadu_si512(from.position + i + 16);
+      } else {
+        p0 = _mm512_add_epi32(iota, _mm512_set1_epi32(static_cast<int>(first + static_cast<uint32_t>(i))));
+        p1 = _mm512_add_epi32(p0, _mm512_set1_epi32(16));
+      }
+      other[0] = value;
+      for (int row = 1; row < rows; ++row) other[row] = load32(from.score[row] + i);
+      store_positions(kept.position + found.kept, p0, p1, in);
       for (int row = 0; row < rows; ++row)
-        _mm512_storeu_si512(open.score[row] + found.open, _mm512_maskz_compress_epi16(undecided, other[row]));
-      found.open += bits(undecided);
+        _mm512_storeu_si512(kept.score[row] + found.kept, _mm512_maskz_compress_epi16(in, other[row]));
+      found.kept += bits(in);
+      if (undecided != 0) {
+        store_positions(open.position + found.open, p0, p1, undecided);
+        for (int row = 0; row < rows; ++row)
+          _mm512_storeu_si512(open.score[row] + found.open, _mm512_maskz_compress_epi16(undecided, other[row]));
+        found.open += bits(undecided);
+      }
     }
+    return found;
   }
-  return found;
-}
-
-template <bool listed>
-Split split16_rows(const Columns& from, uint32_t first, int64_t n, int rows, int low, int high, const Columns& kept,
-                   const Columns& open) {
-  if (rows == 1) return split16_of<listed, 1>(from, first, n, low, high, kept, open);
-  if (rows == 2) return split16_of<listed, 2>(from, first, n, low, high, kept, open);
-  if (rows == 3) return split16_of<listed, 3>(from, first, n, low, high, kept, open);
-  return generic::split16(from, first, n, rows, low, high, kept, open);
-}
+};
 
 Split split16(const Columns& from, uint32_t first, int64_t n, int rows, int low, int high, const Columns& kept,
               const Columns& open) {
-  if (from.position != nullptr) return split16_rows<true>(from, first, n, rows, low, high, kept, open);
-  return split16_rows<false>(from, first, n, rows, low, high, kept, open);
+  return generic::split16_by_rows<Split16>(from, first, n, rows, low, high, kept, open);
 }
 
 int64_t count_float(const float* value, int64_t n, float least) {

@@ -3,6 +3,8 @@
 // namespace.
 #pragma once
 
+#include <type_traits>
+
 #include "cpu/isa.hpp"
 #include "cpu/widen.hpp"
 
@@ -124,6 +126,19 @@ inline int32_t high_half(int32_t word) { return word >> 16; }
     for (int lane = 0; lane < lanes16; ++lane)
       out[i + lane] = static_cast<int16_t>(static_cast<int32_t>(best[lane] + above_zero) - 32768);
   }
+}
+
+// `split16` by an instruction set's own loops, `Vectors::of<listed, rows>`, which there are for few rows.
+template <class Vectors>
+Split split16_by_rows(const Columns& from, uint32_t first, int64_t n, int rows, int low, int high, const Columns& kept,
+                      const Columns& open) {
+  const auto split = [&](auto listed) {
+    if (rows == 1) return Vectors::template of<listed(), 1>(from, first, n, low, high, kept, open);
+    if (rows == 2) return Vectors::template of<listed(), 2>(from, first, n, low, high, kept, open);
+    if (rows == 3) return Vectors::template of<listed(), 3>(from, first, n, low, high, kept, open);
+    return split16(from, first, n, rows, low, high, kept, open);
+  };
+  return from.position != nullptr ? split(std::true_type{}) : split(std::false_type{});
 }
 
 [[maybe_unused]] int64_t count_float(const float* value, int64_t n, float least) {
