@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
@@ -60,17 +60,27 @@ class Prepared:
     def get(self, purpose: object, make: Callable[[], T]) -> T:
         """What `make` returned for `purpose`, made once and up to date; safe to call from several threads."""
         with self._lock:
-            for first, count in self._overwritten.pop(purpose, ()):
-                self._made[purpose].update(first, count)
             if purpose not in self._made:
                 self._made[purpose] = make()
-            found: T = self._made[purpose]
+            found: T = self._updated(purpose)
             return found
 
-    def overwrite(self, first: int, count: int) -> None:
-        """Note that the slots [first, first + count) hold other keys now."""
+    def made(self, purpose: object) -> Any:
+        """What `get` has returned for `purpose`, up to date, or None."""
+        with self._lock:
+            return self._updated(purpose) if purpose in self._made else None
+
+    def _updated(self, purpose: object) -> Any:
+        for first, count in self._overwritten.pop(purpose, ()):
+            self._made[purpose].update(first, count)
+        return self._made[purpose]
+
+    def overwrite(self, first: int, count: int, *, known: Container[object] = ()) -> None:
+        """Note that the slots [first, first + count) hold other keys now; what serves a `known` purpose has them."""
         with self._lock:
             for purpose, made in list(self._made.items()):
+                if purpose in known:
+                    continue
                 if hasattr(made, "update"):
                     self._overwritten.setdefault(purpose, []).append((first, count))
                 else:

@@ -9,6 +9,7 @@ import numpy as np
 
 from cascade_engine.bank import Bank, Metric, Prepared
 from cascade_engine.errors import InvalidInput, StaleBank
+from cascade_engine.kernels import cuda
 from cascade_engine.tensor import (
     FEATURE_DTYPES,
     Array,
@@ -38,6 +39,11 @@ class KeyQueue:
         device: a torch device to hold the keys as tensors; by default NumPy on the host, or tensors where the first
             push brings tensors.
         metric: of the banks it shows.
+        normalise: scale pushed keys to unit length, in float64 by the order of summation that similarities have; keys
+            of zeros stay so.
+
+    A push to a ring on a GPU is one launch where the CUDA backend can run and ids and labels are there. Captured in a
+    CUDA graph, it writes to the same slots at every replay: the place in the ring is kept on the host.
 
     Raises:
         InvalidInput: a size or width under 1, or an unknown type.
@@ -53,6 +59,7 @@ class KeyQueue:
         dtype: str = "float32",
         device: object = None,
         metric: Metric = "ip",
+        normalise: bool = False,
     ) -> None:
         if size < 1 or not dims or min(dims.values()) < 1:
             raise InvalidInput(f"queue: expected a size and widths of at least 1, got size={size}, dims={dict(dims)}")
@@ -60,7 +67,7 @@ class KeyQueue:
             raise InvalidInput(f"dims: expected view names other than {', '.join(_COLUMNS)}, got {', '.join(dims)}")
         if dtype not in FEATURE_DTYPES:
             raise InvalidInput(f"dtype: expected one of {', '.join(FEATURE_DTYPES)}, got {dtype!r}")
-        self.size, self.dims, self.dtype, self.metric = size, dict(dims), dtype, metric
+        self.size, self.dims, self.dtype, self.metric, self.normalise = size, dict(dims), dtype, metric, normalise
         self.filled = 0  # slots in use
         self.cursor = 0  # the slot that the next key takes
         self.pushed = 0  # keys ever pushed
@@ -90,22 +97,56 @@ class KeyQueue:
         """
         with phase("push"):
             rows = self._check(keys)
-            missing = np.full(rows, -1, np.int64)
             columns = {
                 "video_id": _column(video_id, "video_id", rows),
-                "clip_id": missing if clip_id is None else _column(clip_id, "clip_id", rows),
-                "label": missing if label is None else _column(label, "label", rows),
+                "clip_id": None if clip_id is None else _column(clip_id, "clip_id", rows),
+                "label": None if label is None else _column(label, "label", rows),
             }
             storage = self._storage or self._allocated(next(iter(keys.values())))
-            batch = {name: _assignable(value, storage[name], name) for name, value in (*keys.items(), *columns.items())}
+            engine = _engine(storage)
+            if engine is None:
+                known = self._write(storage, keys, columns, rows)
+            else:
+                known = self._launch(engine, storage, keys, columns, rows)
             self._storage = storage
-            self._write(batch, rows)
+            for slots, _ in self._pieces(rows):
+                self._prepared.overwrite(slots.start, slots.stop - slots.start, known=known)
+            self._advance(rows)
 
-    def _write(self, batch: Mapping[str, Any], rows: int) -> None:
+    def _write(
+        self, storage: Mapping[str, Any], keys: Mapping[str, Array], columns: Mapping[str, Any], rows: int
+    ) -> list[object]:
+        """Convert a batch, then write it, piece by piece."""
+        units = {view: unit_rows(value) if self.normalise else value for view, value in keys.items()}
+        missing = np.full(rows, -1, np.int64)
+        given = {name: missing if value is None else value for name, value in columns.items()}
+        batch = {name: _assignable(value, storage[name], name) for name, value in (*units.items(), *given.items())}
         for slots, taken in self._pieces(rows):
             for name, values in batch.items():
-                self._storage[name][slots] = values[taken]
-            self._prepared.overwrite(slots.start, slots.stop - slots.start)
+                storage[name][slots] = values[taken]
+        return []
+
+    def _launch(
+        self,
+        engine: cuda.Engine,
+        storage: Mapping[str, Any],
+        keys: Mapping[str, Any],
+        columns: Mapping[str, Any],
+        rows: int,
+    ) -> list[object]:
+        """Do the same on the GPU; returns what is prepared of the new keys by the way."""
+        if not rows:
+            return []
+        return engine.push(
+            {view: (_here(keys[view], storage[view]), storage[view]) for view in self.dims},
+            [(_here(value, storage[name]), storage[name]) for name, value in columns.items()],
+            self._prepared,
+            metric=self.metric,
+            cursor=self.cursor,
+            normalise=self.normalise,
+        )
+
+    def _advance(self, rows: int) -> None:
         self.pushed += rows
         if self.filled + rows > self.size:
             self._overwritten_at = self.pushed
@@ -191,8 +232,9 @@ class KeyQueue:
             if device_of(value) == "cpu":
                 matrix = feature_matrix(value, name, columns=width)
                 require_finite(matrix, name)
-            elif value.ndim != 2 or value.shape[1] != width:
-                raise InvalidInput(f"{name}: expected (N, {width}), got {tuple(value.shape)} {dtype_name(value)}")
+            elif value.ndim != 2 or value.shape[1] != width or dtype_name(value) not in FEATURE_DTYPES:
+                got = f"{tuple(value.shape)} {dtype_name(value)}"
+                raise InvalidInput(f"{name}: expected (N, {width}) float32, float16 or bfloat16, got {got}")
             if rows is not None and len(value) != rows:
                 raise InvalidInput(
                     f"{name}: expected ({rows}, {width}) as the first view has, got {tuple(value.shape)}"
@@ -216,6 +258,36 @@ class KeyQueue:
             **{view: np.zeros(shape, FEATURE_DTYPES[self.dtype]) for view, shape in shapes.items()},
             **{name: np.full(self.size, -1, np.int64) for name in _COLUMNS},
         }
+
+
+def unit_rows(matrix: Any) -> Any:
+    """The rows (n, D) at unit length, float32; zeros stay zeros."""
+    tensor = is_torch(matrix)
+    wide: Any = matrix.detach().double() if tensor else np.asarray(matrix).astype(np.float64)
+    sums: Any = wide.new_zeros((len(wide), 8)) if tensor else np.zeros((len(wide), 8))
+    for d in range(0, wide.shape[1], 8):  # the contract's order: see kernels/reference.py
+        part = wide[:, d : d + 8]
+        sums[:, : part.shape[1]] += part * part
+    s = sums.T
+    length = ((s[0] + s[4]) + (s[2] + s[6])) + ((s[1] + s[5]) + (s[3] + s[7]))
+    length = length.sqrt() if tensor else np.sqrt(length)
+    length[length == 0] = 1
+    unit = wide / length[:, None]
+    return unit.float() if tensor else unit.astype(np.float32)
+
+
+def _engine(storage: Mapping[str, Any]) -> cuda.Engine | None:
+    """The CUDA backend, for a ring on a GPU that it can reach."""
+    on_gpu = device_of(next(iter(storage.values()))).startswith("cuda")
+    return cuda.engine() if on_gpu and cuda.unavailable() is None else None
+
+
+def _here(value: Any, target: Any) -> Any:
+    """A batch as a tensor on the ring's device; ids as int64."""
+    if value is None:
+        return None
+    tensor = value.detach() if is_torch(value) else like(np.array(to_host(value, "batch")), target)
+    return tensor.to(target.device, tensor.dtype if target.ndim == 2 else target.dtype)
 
 
 def _column(value: object, name: str, rows: int) -> Any:

@@ -10,16 +10,19 @@ import os
 import shutil
 import subprocess
 import sysconfig
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from types import ModuleType
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
 
 import cascade_engine as ce
+from cascade_engine import queue as queues
 from cascade_engine.kernels import Exclusion, MineRequest, Selection, SelectRequest
 from cascade_engine.kernels.cuda import Engine
 from cascade_engine.tensor import like
@@ -103,6 +106,35 @@ def counters(native: ModuleType) -> dict[str, int]:
     values = (ctypes.c_uint64 * len(COUNTERS))()
     ctypes.CDLL(native.__file__).emulation_counters(values)
     return dict(zip(COUNTERS, values, strict=True))
+
+
+def loss_operator(native: ModuleType) -> Callable[..., tuple[torch.Tensor, ...]]:
+    """`cascade_engine.nce.nce` by the emulated kernel, for `cascade_engine.loss`."""
+
+    class Operator(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, query, own, keys, slot, row, absent_slot, absent_row, drop, temperature, *options):
+            own_positive, mean_log, differentiate = options
+            out = Engine(native).contrast(
+                query, own, keys, (slot, row), (absent_slot, absent_row), drop, temperature=temperature,
+                own_positive=own_positive, mean_log=mean_log, differentiate=differentiate,
+            )  # fmt: skip
+            ctx.save_for_backward(*out[1:])
+            return out
+
+        @staticmethod
+        def backward(ctx, grad, *_):
+            to_query, to_own = ctx.saved_tensors
+            grad = grad.float()
+            return (grad[:, None] * to_query, grad * to_own, *[None] * 10)
+
+    return Operator.apply
+
+
+def push(native: ModuleType, queue: ce.KeyQueue, *batch: object, **columns: object) -> None:
+    """`queue.push` by the emulated kernel."""
+    with patch.object(queues, "_engine", lambda _: Engine(native)):
+        queue.push(*batch, **columns)
 
 
 def tensor(array: np.ndarray | None) -> torch.Tensor | None:

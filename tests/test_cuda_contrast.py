@@ -23,24 +23,7 @@ def native():
 def on_emulation(native, monkeypatch):
     """Let `multi_positive_nce` run the emulated kernel in the operator's place."""
 
-    class Operator(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, query, own, keys, slot, row, absent_slot, absent_row, drop, temperature, *options):
-            own_positive, mean_log, differentiate = options
-            out = Engine(native).contrast(
-                query, own, keys, (slot, row), (absent_slot, absent_row), drop, temperature=temperature,
-                own_positive=own_positive, mean_log=mean_log, differentiate=differentiate,
-            )  # fmt: skip
-            ctx.save_for_backward(*out[1:])
-            return out
-
-        @staticmethod
-        def backward(ctx, grad, *_):
-            to_query, to_own = ctx.saved_tensors
-            grad = grad.float()
-            return (grad[:, None] * to_query, grad * to_own, *[None] * 10)
-
-    monkeypatch.setattr(losses, "nce", Operator.apply)
+    monkeypatch.setattr(losses, "nce", emulated.loss_operator(native))
 
 
 # B, K, D, positives: several tiles of queries and of keys, rests in each, more columns than a block has threads

@@ -31,6 +31,7 @@ OCCUPANCY = {
     "contrast_keys": (256, 34_816, 2),
     "pack_rows": (256, 0, 4),
     "measure_rows": (256, 0, 4),
+    "push_rows": (256, 0, 4),
 }
 SHARED_PER_SM = {"sm_80": 164 * 1024, "sm_90": 228 * 1024}
 

@@ -1,7 +1,10 @@
 """The key queue against a model: a list that keeps the newest keys."""
 
+import math
+
 import ml_dtypes
 import numpy as np
+import oracle
 import pytest
 import torch
 from hypothesis import settings
@@ -10,6 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 import cascade_engine as ce
 from cascade_engine.errors import InvalidInput, StaleBank
+from cascade_engine.tensor import like
 
 DIMS = {"rgb": 3, "flow": 2}
 NUMPY = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
@@ -198,3 +202,16 @@ def test_a_large_ring_of_many_batches():
     newest = set(range(queue.pushed - 1000, queue.pushed))
     assert set(np.asarray(queue.bank().video_id).tolist()) == newest
     assert set(number_of(queue.bank().keys["rgb"])) == newest
+
+
+@pytest.mark.parametrize("dtype", sorted(NUMPY))
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_normalised_keys_have_the_length_that_the_contract_sums(framework, dtype):
+    rng = np.random.default_rng(0)
+    x = (rng.standard_normal((9, 21)) * 10.0 ** rng.integers(-3, 3, (9, 1))).astype(NUMPY[dtype])
+    x[4] = 0
+    queue = ce.KeyQueue(9, {"rgb": 21}, normalise=True)
+    queue.push({"rgb": like(x, torch.empty(0)) if framework == "torch" else x}, range(9))
+    for got, row in zip(np.asarray(queue.bank().keys["rgb"]), x.astype(np.float64), strict=True):
+        length = math.sqrt(oracle.dot(row.tolist(), row.tolist())) or 1.0
+        assert got.tolist() == [float(np.float32(value / length)) for value in row]

@@ -6,7 +6,7 @@ graph.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -18,8 +18,10 @@ from cascade_engine.plan import FUSIONS, CascadePlan
 from cascade_engine.tensor import FEATURE_DTYPES, dtype_name
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from contextlib import AbstractContextManager
+
+    from cascade_engine.bank import Metric, Prepared
 
 WORKSPACE_LIMIT = 1 << 30  # bytes; queries go in waves where one launch would need more
 SPLIT_KEYS = 1 << 15  # larger banks than two such splits are preselected split by split
@@ -133,6 +135,57 @@ class Engine:
         _run(problem, scores[0].device)
         return out.selection()
 
+    def push(
+        self,
+        keys: Mapping[str, tuple[Any, Any]],
+        columns: Sequence[tuple[Any, Any]],
+        prepared: Prepared,
+        *,
+        metric: Metric,
+        cursor: int,
+        normalise: bool,
+    ) -> list[object]:
+        """Write a batch into a key queue's ring, packing it where its views have been searched: one launch for 8 views.
+
+        Args:
+            keys: view to a batch (n, D) and its ring (size, D), of the types of features. Row i of the batch goes to
+                slot (cursor + i) mod size; of more rows than slots the last ones stay.
+            columns: batches (n,) int64, or None for -1, and their rings (size,).
+            prepared: what has been made of the ring.
+            metric: of the ring's banks.
+            cursor: the slot of the batch's first key.
+            normalise: scale each key to unit length.
+
+        Returns:
+            The purposes for which `prepared` holds the new keys already.
+
+        Raises:
+            CudaError: a launch failed.
+        """
+        views = list(keys)
+        packed = {view: prepared.made(_purpose(view)) for view in views}
+        device = keys[views[0]][1].device
+        batches = {view: _rows(batch) for view, (batch, _) in keys.items()}
+        given = [(None if batch is None else batch.contiguous(), ring) for batch, ring in columns]
+        with _on(device), _cuda_errors():
+            for start in range(0, len(views), self.native.MAX_VIEWS):
+                self.native.push(
+                    views=[
+                        (
+                            _describe(batches[view]),
+                            _describe(keys[view][1]),
+                            (0, 0, 0) if packed[view] is None else packed[view].addresses(),
+                        )
+                        for view in views[start : start + self.native.MAX_VIEWS]
+                    ],
+                    columns=[] if start else [(_address(batch), _address(ring)) for batch, ring in given],
+                    metric=METRICS.index(metric),
+                    cursor=cursor,
+                    normalise=normalise,
+                    stream=_stream(device),
+                )
+        return [_purpose(view) for view in views if packed[view] is not None]
+
     def contrast(
         self,
         query: Any,
@@ -194,7 +247,7 @@ class Engine:
     def _packed(self, bank: Bank, view: str) -> Packed:
         """The view's keys as halves, made at the bank's first search."""
         metric = METRICS.index(bank.metric)
-        return bank.prepared(("cuda", view), lambda: Packed(self.native, _rows(bank.keys[view]), metric))
+        return bank.prepared(_purpose(view), lambda: Packed(self.native, _rows(bank.keys[view]), metric))
 
     def _stages(self, plan: CascadePlan, counts: Sequence[int]) -> list[tuple[list[int], int, int, bool]]:
         most_views, most_stages = self.native.MAX_VIEWS, self.native.MAX_STAGES
@@ -233,7 +286,7 @@ class Packed:
         self._pack(first, count, measure=False)
 
     def _pack(self, first: int, rows: int, *, measure: bool) -> None:
-        with _on(self.keys.device):
+        with _on(self.keys.device), _cuda_errors():
             self.native.pack(
                 keys=_describe(self.keys),
                 packed=self.addresses(),
@@ -280,10 +333,22 @@ def _run(problem: Any, device: Any) -> None:
 
     with _on(device):
         workspace = torch.empty(problem.workspace(), dtype=torch.uint8, device=device)
-        try:
+        with _cuda_errors():
             problem.run(_address(workspace), _stream(device))
-        except RuntimeError as error:
-            raise CudaError(str(error)) from None
+
+
+@contextmanager
+def _cuda_errors() -> Iterator[None]:
+    """Failed launches as what the package raises."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise CudaError(str(error)) from None
+
+
+def _purpose(view: str) -> tuple[str, str]:
+    """What a view's packed keys are kept for on their bank."""
+    return "cuda", view
 
 
 def _stream(device: Any) -> int:

@@ -44,6 +44,10 @@ void pack(const PackProblem& problem, void* stream) {
   auto launcher = on(stream);
   pack_over(launcher, problem);
 }
+void push(const PushProblem& problem, void* stream) {
+  auto launcher = on(stream);
+  push_over(launcher, problem);
+}
 size_t mine_workspace(const MineProblem& problem) {
   NoLaunch none;
   return mine_over(none, problem, nullptr);

@@ -28,6 +28,29 @@ struct PackProblem {
   bool measure;         // find the longest row first: once per bank, it fixes the scale
 };
 
+// One view of a push. The newest `ring.rows` keys of the batch go into the ring.
+struct PushView {
+  Matrix batch;       // [n, D], oldest first
+  Matrix ring;        // [size, D]
+  void* to;           // `ring.data`, to be written
+  PackedKeys packed;  // of the ring; null where it is not prepared
+};
+struct PushColumn {
+  const int64_t* batch;  // [n], or null: -1 for all
+  int64_t* ring;         // [size]
+};
+constexpr int kMaxColumns = 4;
+
+struct PushProblem {
+  PushView views[kMaxViews];
+  int view_count;
+  PushColumn columns[kMaxColumns];
+  int column_count;
+  Metric metric;   // the packed form's
+  int64_t cursor;  // the slot that row 0 of the batch takes, were the ring long enough
+  bool normalise;  // scale each key to unit length, in float64 by the contract's order of summation
+};
+
 struct MineProblem {
   PlanArguments plan;
   Views views;                   // those of the plan, in its numbering
@@ -76,6 +99,7 @@ struct NceProblem {
 // Halves per packed row of D columns.
 int64_t packed_pitch(int64_t columns);
 void pack(const PackProblem& problem, void* stream);
+void push(const PushProblem& problem, void* stream);
 
 // The bytes that a call needs, then the call: kernels queued on `stream`, nothing allocated, nothing waited for.
 size_t mine_workspace(const MineProblem& problem);

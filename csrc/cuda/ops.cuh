@@ -48,6 +48,7 @@ __device__ __forceinline__ uint16_t float_to_half(float value) {
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
   return bits;
 }
+__device__ __forceinline__ uint32_t float_to_bits(float value) { return __float_as_uint(value); }
 __device__ __forceinline__ float bits_to_float(uint32_t bits) { return __uint_as_float(bits); }
 __device__ __forceinline__ double bits_to_double(uint64_t bits) {
   return __longlong_as_double(static_cast<long long>(bits));

@@ -95,30 +95,33 @@ __global__ void __launch_bounds__(kPackThreads, 2) measure_rows(const PackArgume
   }
 }
 
+// Packs one row of a view's keys, by a warp. The scale stays, and a row that is longer than all before it, or that
+// rounding takes more from, only widens the bounds.
+__device__ inline void pack_stored_row(const Matrix& keys, const PackedKeys& packed, Metric metric, int64_t row) {
+  double factor = two_to(-exponent_of(number(packed.range->stored)));
+  if (metric == Metric::cosine) {
+    const double norm = row_norm(keys, row);
+    factor = norm > 0 ? 1 / norm : 0;
+  }
+  const PackedRow found = pack_row(keys, row, factor, packed.pitch, [&](int64_t d, uint32_t two) {
+    ops::store(reinterpret_cast<uint32_t*>(packed.rows + row * packed.pitch + d), two);
+  });
+  if ((threadIdx.x & 31) == 0) {
+    ops::store(packed.squares + row, static_cast<float>(found.norm * found.norm));
+    atomicMax(&packed.range->norm, bits_of(found.norm));
+    atomicMax(&packed.range->residual, bits_of(found.residual));
+  }
+}
+
 // Packs rows of each view. grid: (ceil(rows / 8), views)
 __global__ void __launch_bounds__(kPackThreads, 2) pack_rows(const PackArguments arguments,  // V views
                                                              const Metric metric,            //
                                                              const int64_t first,  // rows first to first + rows - 1
                                                              const int64_t rows    //
 ) {
-  const Matrix& keys = arguments.keys[blockIdx.y];
-  const PackedKeys& packed = arguments.packed[blockIdx.y];
   const int64_t row = static_cast<int64_t>(blockIdx.x) * (kPackThreads / 32) + threadIdx.x / 32;
-  if (row >= rows) {
-    return;
-  }
-  double factor = two_to(-exponent_of(number(packed.range->stored)));
-  if (metric == Metric::cosine) {
-    const double norm = row_norm(keys, first + row);
-    factor = norm > 0 ? 1 / norm : 0;
-  }
-  const PackedRow found = pack_row(keys, first + row, factor, packed.pitch, [&](int64_t d, uint32_t two) {
-    ops::store(reinterpret_cast<uint32_t*>(packed.rows + (first + row) * packed.pitch + d), two);
-  });
-  if ((threadIdx.x & 31) == 0) {
-    ops::store(packed.squares + first + row, static_cast<float>(found.norm * found.norm));
-    atomicMax(&packed.range->norm, bits_of(found.norm));
-    atomicMax(&packed.range->residual, bits_of(found.residual));
+  if (row < rows) {
+    pack_stored_row(arguments.keys[blockIdx.y], arguments.packed[blockIdx.y], metric, first + row);
   }
 }
 

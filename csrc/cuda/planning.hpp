@@ -9,6 +9,7 @@
 #include "cuda/cascade_bounded.cuh"
 #include "cuda/cascade_exact.cuh"
 #include "cuda/contrast.cuh"
+#include "cuda/push.cuh"
 
 namespace cascade::cuda {
 
@@ -157,6 +158,13 @@ void pack_over(Launcher& launcher, const PackProblem& p) {
     launcher.launch(measure_rows, grid, kPackThreads, 0, arguments, p.first, p.rows);
   }
   launcher.launch(pack_rows, grid, kPackThreads, 0, arguments, p.metric, p.first, p.rows);
+}
+
+template <class Launcher>
+void push_over(Launcher& launcher, const PushProblem& p) {
+  const int64_t rows = p.views[0].batch.rows, taken = std::min(rows, p.views[0].ring.rows);
+  const dim3 grid(static_cast<unsigned>(ceil_div(taken, kPushThreads / 32)), static_cast<unsigned>(p.view_count));
+  launcher.launch(push_rows, grid, kPushThreads, 0, p, rows - taken);
 }
 
 constexpr int64_t kWidePitch = 512;     // halves: a tile of 64 such queries takes 64 KiB of shared memory

@@ -56,6 +56,38 @@ void pack(const Tensor& keys, const Packed& packed, int metric, int64_t first, i
   cuda::pack(problem, pointer<void>(stream));
 }
 
+using PushedView = std::tuple<Tensor, Tensor, Packed>;  // batch, ring, the ring's packed form
+using PushedColumn = std::tuple<Address, Address>;      // batch, ring
+
+void push(const std::vector<PushedView>& views, const std::vector<PushedColumn>& columns, int metric, int64_t cursor,
+          bool normalise, Address stream) {
+  if (views.empty() || views.size() > cuda::kMaxViews || columns.size() > cuda::kMaxColumns) {
+    throw py::value_error("expected 1 to " + std::to_string(cuda::kMaxViews) + " views and at most " +
+                          std::to_string(cuda::kMaxColumns) + " columns");
+  }
+  cuda::PushProblem problem{};
+  problem.view_count = static_cast<int>(views.size());
+  for (size_t v = 0; v < views.size(); ++v) {
+    const auto& [batch, ring, packed] = views[v];
+    const Matrix from = matrix(batch), to = matrix(ring);
+    problem.views[v] = {from, to, pointer<void>(std::get<0>(ring)), packed_keys(packed, to.columns)};
+    const Matrix& first_from = problem.views[0].batch;
+    const Matrix& first_to = problem.views[0].ring;
+    if (from.columns != to.columns || from.rows != first_from.rows || to.rows != first_to.rows || from.rows < 1 ||
+        to.rows < 1 || from.dtype == DType::float64 || to.dtype == DType::float64) {
+      throw py::value_error("expected batches and rings of the same widths and lengths, none of them float64");
+    }
+  }
+  problem.column_count = static_cast<int>(columns.size());
+  for (size_t c = 0; c < columns.size(); ++c) {
+    problem.columns[c] = {pointer<const int64_t>(std::get<0>(columns[c])), pointer<int64_t>(std::get<1>(columns[c]))};
+  }
+  problem.metric = static_cast<Metric>(metric);
+  problem.cursor = cursor;
+  problem.normalise = normalise;
+  cuda::push(problem, pointer<void>(stream));
+}
+
 cuda::PlanArguments plan_arguments(const std::vector<StageTuple>& stages, size_t views) {
   if (stages.empty() || stages.size() > cuda::kMaxStages || views == 0 || views > cuda::kMaxViews) {
     throw py::value_error("expected 1 to " + std::to_string(cuda::kMaxStages) + " stages and 1 to " +
@@ -180,6 +212,8 @@ PYBIND11_MODULE(CASCADE_CUDA_MODULE, module) {
   module.def("packed_pitch", &cuda::packed_pitch, py::arg("columns"));
   module.def("pack", &python::pack, py::kw_only(), py::arg("keys"), py::arg("packed"), py::arg("metric"),
              py::arg("first"), py::arg("rows"), py::arg("measure"), py::arg("stream"));
+  module.def("push", &python::push, py::kw_only(), py::arg("views"), py::arg("columns"), py::arg("metric"),
+             py::arg("cursor"), py::arg("normalise"), py::arg("stream"));
   const auto release = py::call_guard<py::gil_scoped_release>();
   py::class_<cuda::MineProblem>(module, "Mine", py::module_local())
       .def(py::init(&python::mine_problem), py::kw_only(), py::arg("stages"), py::arg("queries"), py::arg("keys"),

@@ -22,6 +22,10 @@ void pack(const PackProblem& problem, void* /*stream*/) {
   FiberLauncher launcher;
   pack_over(launcher, problem);
 }
+void push(const PushProblem& problem, void* /*stream*/) {
+  FiberLauncher launcher;
+  push_over(launcher, problem);
+}
 size_t mine_workspace(const MineProblem& problem) {
   NoLaunch none;
   return mine_over(none, problem, nullptr);

@@ -33,6 +33,7 @@ inline double fused(double a, double b, double c) {
   return std::fma(a, b, c);
 }
 
+inline uint32_t float_to_bits(float value) { return std::bit_cast<uint32_t>(value); }
 inline float bits_to_float(uint32_t bits) { return std::bit_cast<float>(bits); }
 inline double bits_to_double(uint64_t bits) { return std::bit_cast<double>(bits); }
 

@@ -19,6 +19,8 @@ import pytest
 import torch  # noqa: F401  (once, for all children)
 
 ROOT = Path(__file__).parents[2]
+MODULES = ("bounds", "emulation", "contrast")  # of tests, all of which every bug meets
+FIRST = {"contrast.cuh": ("contrast",)}  # where a file's bugs are looked for first
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,8 @@ BUGS = (
     Bug("histogram: not cleared", "block.cuh", "    shared.histogram[thread] = 0;\n", ""),
     Bug("histogram: no barrier before counting", "block.cuh", "    shared.histogram[thread] = 0;\n    __syncthreads();", "    shared.histogram[thread] = 0;"),
     Bug("histogram: prefix not checked", "block.cuh", " || key >> (shift + 8) == prefix", " || true"),
-    Bug("selection: rank off by one", "block.cuh", "before < wanted && wanted <= before + size", "before <= wanted && wanted < before + size"),
+    Bug("selection: one rank too low", "block.cuh", "const auto wanted = static_cast<uint64_t>(need);", "const auto wanted = static_cast<uint64_t>(need) + 1;"),
+    Bug("selection: one tie too few", "block.cuh", "need -= static_cast<int64_t>(shared.before);", "need -= static_cast<int64_t>(shared.before) + (shift == 0);"),
     Bug("compaction: tie limit ignored", "block.cuh", "(verdict[i] == Verdict::tied && my_tied < need)", "verdict[i] == Verdict::tied"),
     Bug("compaction: tail not guarded", "block.cuh", "if (first + i < count) {\n        id[i]", "if (first + i <= count) {\n        id[i]"),
     Bug("padding sorts first", "block.cuh", "pairs.key[i] = i < count ? key(id) : 0;", "pairs.key[i] = i < count ? key(id) : ~uint64_t{0};"),
@@ -63,7 +66,7 @@ BUGS = (
     Bug("wave: rows of the first wave again", "cascade_exact.cuh", "row = blockIdx.x, query = first_query + row;", "row = blockIdx.x, query = row;"),
     Bug("pack: residual not measured", "pack.cuh", "residual += off * off;", "residual += 0 * off;"),
     Bug("pack: largest residual not kept", "pack.cuh", "    atomicMax(&packed.range->residual, bits_of(found.residual));\n", ""),
-    Bug("pack: padding left as it was", "pack.cuh", "d < pitch; d += 64", "d < matrix.columns; d += 64"),
+    Bug("pack: padding left as it was", "pack.cuh", "d < pitch; d += 64", "d < (pitch < matrix.columns ? pitch : matrix.columns); d += 64"),
     Bug("bound: tensor cores taken for exact", "bound.cuh", "constexpr double kMatrixError = 48;", "constexpr double kMatrixError = 0;"),
     Bug("bound: query's rounding forgotten", "bound.cuh", "query.residual * longest + (query.norm", "(query.norm"),
     Bug("bound: keys' rounding forgotten", "bound.cuh", "(query.norm + query.residual) * residual +", "0 +"),
@@ -85,6 +88,39 @@ BUGS = (
     Bug("workspace: pieces overlap", "planning.hpp", "static_cast<size_t>(count) * sizeof(T) + 255", "static_cast<size_t>(count) * sizeof(T) / 2 + 255"),
     Bug("workspace: a wave too long", "planning.hpp", "const int64_t rows = std::min(wave, p.queries - first);", "const int64_t rows = wave;", 1),
     Bug("grid: last tile of keys forgotten", "planning.hpp", "ceil_div(p.keys, kExactKeys)", "std::max<int64_t>(p.keys / kExactKeys, 1)"),
+    Bug("loss: own key in no sum where it leaves P", "contrast.cuh", "kept ? -INFINITY : own);", "-INFINITY);"),
+    Bug("loss: own key in both sums", "contrast.cuh", "log_add(top + log(sum), kept ? -INFINITY : own)", "log_add(top + log(sum), own)"),
+    Bug("loss: own key leaves a P that it alone makes", "contrast.cuh", "inside.count > 0 && ops::load(p.drop + query)", "ops::load(p.drop + query)"),
+    Bug("loss: P of nobody counts", "contrast.cuh", "const bool counted = size > 0;", "const bool counted = true;"),
+    Bug("loss: mark of the next query", "contrast.cuh", "1u << query);", "1u << (query ^ 1));"),
+    Bug("loss: members summed with the rest", "contrast.cuh", "    mark_pairs(p.members, member, next_member, key0, query0, shared.skip);\n", ""),
+    Bug("loss: absent keys summed", "contrast.cuh", "    mark_pairs(p.absent, absent, next_absent, key0, query0, shared.skip);\n", ""),
+    Bug("loss: keys past the last summed", "contrast.cuh", "key0 + key < p.keys.rows ? 0 : kAllLanes", "0"),
+    Bug("loss: columns past the last multiplied", "contrast.cuh", "row < side.rows && d0 + d < side.columns", "row < side.rows"),
+    Bug("loss: pairs of the tile's first key missed", "contrast.cuh", "if (ops::load(ascending + middle) < bound)", "if (ops::load(ascending + middle) <= bound)"),
+    Bug("loss: a run misses its last tile", "contrast.cuh", "last_tile = tiles * (blockIdx.y + 1) / gridDim.y;", "last_tile = tiles * (blockIdx.y + 1) / gridDim.y - (blockIdx.y > 0);"),
+    Bug("loss: runs merged without their tops", "contrast.cuh", "query) * exp(other - top);", "query);"),
+    Bug("loss: sums not shrunk to a new top", "contrast.cuh", "sum[i] * shrink +", "sum[i] +"),
+    Bug("loss: directions not shrunk to a new top", "contrast.cuh", "ops::load(at) * shared.shrink[first + i]", "ops::load(at)"),
+    Bug("loss: a run's first direction added to what was there", "contrast.cuh", "fresh ? sums[i] :", "false ? sums[i] :"),
+    Bug("loss: directions of the tail's keys", "contrast.cuh", "const int count = inside < kNceKeys ? static_cast<int>(inside) : kNceKeys;", "const int count = inside < kNceKeys ? static_cast<int>(inside) - 1 : kNceKeys;"),
+    Bug("loss: columns past a block's threads missed", "contrast.cuh", "d < columns; d += kNceColumns", "d < kNceColumns && d < columns; d += kNceColumns"),
+    Bug("loss: no barrier between chunks of columns", "contrast.cuh", "d0 += kNceDepth) {\n    __syncthreads();", "d0 += kNceDepth) {"),
+    Bug("loss: no barrier before the products", "contrast.cuh", "value;\n    }\n    __syncthreads();\n    float part", "value;\n    }\n    float part"),
+    Bug("loss: no barrier between clearing and marking", "contrast.cuh", "kAllLanes;\n    }\n    __syncthreads();", "kAllLanes;\n    }"),
+    Bug("loss: no barrier before members' scores are read", "contrast.cuh", "{  // the same for all threads\n      __syncthreads();", "{  // the same for all threads"),
+    Bug("loss: no barrier after members' scores are read", "contrast.cuh", "[query]});\n        }\n      }\n      __syncthreads();", "[query]});\n        }\n      }"),
+    Bug("loss: no barrier before the directions", "contrast.cuh", "      }\n    }\n    __syncthreads();\n    if (direction != nullptr)", "      }\n    }\n    if (direction != nullptr)"),
+    Bug("loss: no barrier before the last block is asked for", "contrast.cuh", "gridDim.y - 1;\n  }\n  __syncthreads();", "gridDim.y - 1;\n  }"),
+    Bug("loss: the first block merges", "contrast.cuh", "== gridDim.y - 1;", "== 0;"),
+    Bug("loss: arrivals not cleared", "planning.hpp", "  launcher.clear(space.arrived, static_cast<size_t>(query_tiles) * sizeof(uint32_t));\n", ""),
+    Bug("loss: temperature left out of the gradient", "contrast.cuh", "exp(other - all) / p.temperature", "exp(other - all)"),
+    Bug("loss: temperature left out of members' gradients", "contrast.cuh", "return of_member(score) / p.temperature;", "return of_member(score);"),
+    Bug("loss: members' mass not their share of P", "contrast.cuh", "-exp(score - in) * share", "-exp(score - all) * share"),
+    Bug("loss: mean over members alone", "contrast.cuh", "(inside.total + (kept ? own : 0)) / size", "inside.total / size"),
+    Bug("loss: members past the first warpful missed", "contrast.cuh", "for (int64_t first = 0; first < p.members.count; first += 32)", "for (int64_t first = 0; first < 32; first += 32)"),
+    Bug("loss: score of another query's member", "contrast.cuh", "  for (int64_t m = threadIdx.x & 31; m < p.members.count; m += 32) {\n    if (ops::load(p.members.row + m) == query) {\n      sum +=", "  for (int64_t m = threadIdx.x & 31; m < p.members.count; m += 32) {\n    {\n      sum +="),
+    Bug("loss: last tile of queries forgotten", "planning.hpp", "query_tiles = ceil_div(p.queries.rows, kNceQueries)", "query_tiles = std::max<int64_t>(p.queries.rows / kNceQueries, 1)"),
 )  # fmt: skip
 
 
@@ -109,8 +145,9 @@ def verdict(bug: Bug) -> str:
             with log.open("w") as out:
                 os.dup2(out.fileno(), 1)
                 os.dup2(out.fileno(), 2)
-                tests = str(ROOT / "tests" / "test_cuda_emulation.py")
-                os._exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-m", "not full", tests]))
+                tests = sorted(MODULES, key=lambda name: name not in FIRST.get(bug.file, ()))
+                paths = [str(ROOT / "tests" / f"test_cuda_{name}.py") for name in tests]
+                os._exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-m", "not full", *paths]))
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         lines = log.read_text().splitlines()
     if status == 0:
