@@ -12,7 +12,7 @@ from torch import Tensor
 from cascade_engine.bank import Bank
 from cascade_engine.errors import InvalidInput
 from cascade_engine.mining import Positives, mine
-from cascade_engine.nce import nce
+from cascade_engine.nce import SIBLINGS, nce
 from cascade_engine.plan import CascadePlan
 from cascade_engine.tensor import dtype_name, is_torch, like
 from cascade_engine.tracing import phase
@@ -74,16 +74,16 @@ def multi_positive_nce(
             raise InvalidInput(f"reduction: expected one of {', '.join(get_args(Reduction))}, got {reduction!r}")
         if siblings not in get_args(Siblings):
             raise InvalidInput(f"siblings: expected one of {', '.join(get_args(Siblings))}, got {siblings!r}")
-        pairs = _pairs(query, key, bank, positives, view, siblings, query_video_id)
+        known = _known(query, key, bank, positives, view, query_video_id)
         drop = _dropped(self_positive, query, generator)
         wide = torch.promote_types(query.dtype, torch.float32)
         scored = query.to(wide)
         own = (scored * key.to(wide)).sum(1) / temperature
         may_stay = self_positive != "never"
         differentiate = torch.is_grad_enabled() and (scored.requires_grad or own.requires_grad)
-        each = nce(scored, own, *pairs, drop, temperature, may_stay, reduction == "mean_log", differentiate)[0]
+        kind, mean_log = SIBLINGS.index(siblings), reduction == "mean_log"
+        each, _, _, counted = nce(scored, own, *known, kind, drop, temperature, may_stay, mean_log, differentiate)
         _watch(each, bank)
-        counted = may_stay | (torch.bincount(pairs.row, minlength=len(query)) > 0)
         mean: Tensor = each.sum() / counted.sum().clamp(min=1)
         return mean.to(wide)
 
@@ -97,27 +97,25 @@ def _dropped(self_positive: SelfPositive, query: Tensor, generator: torch.Genera
     return torch.rand(len(query), generator=generator, device=query.device) < self_positive
 
 
-class _Pairs(NamedTuple):
+class _Known(NamedTuple):
     """The bank's side of the operator's arguments; see `nce`."""
 
     keys: Tensor
-    slot: Tensor
-    row: Tensor
-    absent_slot: Tensor
-    absent_row: Tensor
+    member: Tensor
+    query_video: Tensor
+    key_video: Tensor
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _pairs(
+def _known(
     query: Tensor,
     key: Tensor,
     bank: Bank,
     positives: Positives,
     view: str | None,
-    siblings: Siblings,
     query_video_id: object,
-) -> _Pairs:
-    """Check the arguments and list who is a member of P and who is in neither sum; their number depends on the data."""
+) -> _Known:
+    """Check the arguments; of the positives keep each once, and no siblings. Waits for no GPU."""
     bank.ensure_fresh()
     keys = _keys(query, key, bank, view)
     index = _on(positives.index, query, "positives.index", torch.int64)
@@ -128,7 +126,7 @@ def _pairs(
     index = index.sort(1).values
     member = index >= 0
     member[:, 1:] &= index[:, 1:] != index[:, :-1]
-    sibling_slot = sibling_row = none = index.new_zeros(0)
+    query_video = key_video = index.new_zeros(0)
     if query_video_id is not None:
         if bank.video_id is None:
             raise InvalidInput("query_video_id: expected a bank with video_id to know siblings, got a bank without")
@@ -138,29 +136,7 @@ def _pairs(
         key_video = _on(bank.video_id, query, "bank.video_id", torch.int64)
         if bank.size:
             member &= key_video[index.clamp(min=0)] != query_video[:, None]
-        if siblings != "negative":
-            sibling_slot, sibling_row = _siblings(query_video, key_video)
-    row, column = member.nonzero(as_tuple=True)
-    slot = index[row, column]
-    if siblings == "positive":
-        slot, row = torch.cat((slot, sibling_slot)), torch.cat((row, sibling_row))
-        sibling_slot = sibling_row = none
-    slot, order = slot.sort(stable=True)
-    return _Pairs(keys, slot, row[order], sibling_slot, sibling_row)
-
-
-def _siblings(query_video: Tensor, key_video: Tensor) -> tuple[Tensor, Tensor]:
-    """The pairs of one video: slots of keys, ascending, and the queries each belongs to."""
-    if not len(query_video):
-        return query_video, query_video
-    known, order = query_video.sort(stable=True)
-    first = torch.searchsorted(known, key_video)
-    slot = (known[first.clamp(max=len(known) - 1)] == key_video).nonzero()[:, 0]
-    first = first[slot]
-    count = torch.searchsorted(known, key_video[slot], right=True) - first
-    ends = count.cumsum(0)
-    place = torch.arange(int(count.sum()), device=slot.device) - (ends - count - first).repeat_interleave(count)
-    return slot.repeat_interleave(count), order[place]
+    return _Known(keys, index.where(member, -1), query_video, key_video)
 
 
 def _keys(query: Tensor, key: Tensor, bank: Bank, view: str | None) -> Tensor:

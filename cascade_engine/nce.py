@@ -23,6 +23,7 @@ from torch import Tensor
 from cascade_engine.kernels import cpu, cuda
 from cascade_engine.tensor import to_host
 
+SIBLINGS = ("negative", "ignore", "positive")  # the kernel numbers them so
 TILE_VALUES = 1 << 19  # scores held at a time, 2 MiB; 2^18 to 2^20 were equally fast
 GATHERED_VALUES = 1 << 19  # values of the rows of P's keys gathered at a time
 
@@ -32,27 +33,29 @@ def nce(
     query: Tensor,  # (B, D) float32 or float64
     own: Tensor,  # (B,) score of each query's own key, divided by the temperature
     keys: Tensor,  # (K, D), any float type
-    slot: Tensor,  # (M,) members of P but own keys: slots, ascending
-    row: Tensor,  # (M,) and the query each belongs to; pairs are distinct
-    absent_slot: Tensor,  # (A,) keys that are in neither sum, none of them in P: slots, ascending
-    absent_row: Tensor,  # (A,) and the query each is absent for
+    member: Tensor,  # (B, k) int64 slots of P's members but own keys and siblings: distinct, -1 for none
+    query_video: Tensor,  # (B,) int64 ids that make keys of the same id siblings, or (0,): there are none
+    key_video: Tensor,  # (K,) int64, or (0,)
+    siblings: int,  # what they are, as a place in SIBLINGS
     drop: Tensor,  # (B,) bool: the own key leaves P where P has another member
     temperature: float,
     own_positive: bool,
     mean_log: bool,
     differentiate: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss of each query (B,) float64, and its gradients by query (B, D) and own score (B,).
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss of each query (B,) float64, its gradients by query (B, D) and own score (B,), and whether P has a member.
 
     A query whose P is empty has loss 0. Without `differentiate` the gradients are empty.
     """
     if query.device.type == "cuda" and query.dtype == torch.float32 and cuda.unavailable() is None:
-        found: tuple[Tensor, Tensor, Tensor] = cuda.engine().contrast(
+        found: tuple[Tensor, Tensor, Tensor, Tensor] = cuda.engine().contrast(
             query,
             own,
             keys,
-            (slot, row),
-            (absent_slot, absent_row),
+            member,
+            query_video,
+            key_video,
+            siblings,
             drop,
             temperature=temperature,
             own_positive=own_positive,
@@ -61,7 +64,8 @@ def nce(
         )
         return found
     with torch.autocast(query.device.type, enabled=False):  # the products are of the query's own type
-        scan = _scan(query, own, keys, slot, row, absent_slot, absent_row, temperature, differentiate)
+        slot, row, *absent = _pairs(member, query_video, key_video, siblings)
+        scan = _scan(query, own, keys, slot, row, *absent, temperature, differentiate)
         mine, score = own.double(), scan.score
         count = torch.bincount(row, minlength=len(own))
         kept = own_positive & ~(drop & (count > 0))
@@ -81,25 +85,25 @@ def nce(
         counted = size > 0
         each = torch.where(counted, each, 0)
         if scan.direction is None:
-            return each, query.new_empty(0), query.new_empty(0)
+            return each, query.new_empty(0), query.new_empty(0), counted
         to_query = scan.direction.mul_(torch.exp(scan.top - lse).to(query.dtype)[:, None])
         _add_rows(to_query, row, keys, slot, of_member)
         to_query.div_(temperature)[~counted] = 0
         to_own = torch.where(kept, of_own, torch.exp(mine - lse))
-        return each, to_query, torch.where(counted, to_own, 0).to(own.dtype)
+        return each, to_query, torch.where(counted, to_own, 0).to(own.dtype), counted
 
 
 @nce.register_fake
-def _(query: Tensor, own: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    each = torch.empty_like(own, dtype=torch.float64)
+def _(query: Tensor, own: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    each, counted = torch.empty_like(own, dtype=torch.float64), torch.empty_like(own, dtype=torch.bool)
     if not rest[-1]:
-        return each, query.new_empty(0), query.new_empty(0)
-    return each, torch.empty_like(query), torch.empty_like(own)
+        return each, query.new_empty(0), query.new_empty(0), counted
+    return each, torch.empty_like(query), torch.empty_like(own), counted
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, to_query, to_own = output
-    ctx.mark_non_differentiable(to_query, to_own)
+    _, to_query, to_own, counted = output
+    ctx.mark_non_differentiable(to_query, to_own, counted)
     ctx.save_for_backward(to_query, to_own)
     ctx.differentiated = inputs[-1]
 
@@ -113,6 +117,37 @@ def _differentiate(ctx: Any, grad: Tensor, *_unused: Tensor) -> tuple[Tensor | N
 
 
 nce.register_autograd(_differentiate, setup_context=_remember)
+
+
+def _pairs(
+    member: Tensor, query_video: Tensor, key_video: Tensor, siblings: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Members of P but own keys, slots ascending and the query of each, and the same of keys that are in neither sum.
+
+    Their numbers depend on the data.
+    """
+    row, column = (member >= 0).nonzero(as_tuple=True)
+    slot = member[row, column]
+    sibling_slot = sibling_row = none = member.new_zeros(0)
+    if SIBLINGS[siblings] != "negative" and len(query_video):
+        sibling_slot, sibling_row = _siblings(query_video, key_video)
+    if SIBLINGS[siblings] == "positive":
+        slot, row = torch.cat((slot, sibling_slot)), torch.cat((row, sibling_row))
+        sibling_slot = sibling_row = none
+    slot, order = slot.sort(stable=True)
+    return slot, row[order], sibling_slot, sibling_row
+
+
+def _siblings(query_video: Tensor, key_video: Tensor) -> tuple[Tensor, Tensor]:
+    """The pairs of one video: slots of keys, ascending, and the queries each belongs to."""
+    known, order = query_video.sort(stable=True)
+    first = torch.searchsorted(known, key_video)
+    slot = (known[first.clamp(max=len(known) - 1)] == key_video).nonzero()[:, 0]
+    first = first[slot]
+    count = torch.searchsorted(known, key_video[slot], right=True) - first
+    ends = count.cumsum(0)
+    place = torch.arange(int(count.sum()), device=slot.device) - (ends - count - first).repeat_interleave(count)
+    return slot.repeat_interleave(count), order[place]
 
 
 @dataclass

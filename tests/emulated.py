@@ -113,13 +113,14 @@ def loss_operator(native: ModuleType) -> Callable[..., tuple[torch.Tensor, ...]]
 
     class Operator(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, query, own, keys, slot, row, absent_slot, absent_row, drop, temperature, *options):
-            own_positive, mean_log, differentiate = options
+        def forward(ctx, *arguments):
+            *tensors, temperature, own_positive, mean_log, differentiate = arguments
             out = Engine(native).contrast(
-                query, own, keys, (slot, row), (absent_slot, absent_row), drop, temperature=temperature,
-                own_positive=own_positive, mean_log=mean_log, differentiate=differentiate,
+                *tensors, temperature=temperature, own_positive=own_positive, mean_log=mean_log,
+                differentiate=differentiate,
             )  # fmt: skip
-            ctx.save_for_backward(*out[1:])
+            ctx.save_for_backward(*out[1:3])
+            ctx.mark_non_differentiable(*out[1:])
             return out
 
         @staticmethod

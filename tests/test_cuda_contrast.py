@@ -111,10 +111,31 @@ def test_emulated_loss_takes_one_launch_and_wide_rows(native, on_emulation):
 def test_emulated_loss_without_gradients_has_none(native):
     query, own = torch.randn(3, 5), torch.zeros(3)
     none = torch.zeros(0, dtype=torch.int64)
-    each, to_query, to_own = Engine(native).contrast(
-        query, own, torch.randn(9, 5), (none, none), (none, none), torch.zeros(3, dtype=torch.bool), temperature=0.1,
-        own_positive=True, mean_log=False, differentiate=False,
+    each, to_query, to_own, counted = Engine(native).contrast(
+        query, own, torch.randn(9, 5), none.new_zeros(3, 0), none, none, 0, torch.zeros(3, dtype=torch.bool),
+        temperature=0.1, own_positive=True, mean_log=False, differentiate=False,
     )  # fmt: skip
+    assert counted.all()
     assert each.dtype == torch.float64
     assert bool((each > 0).all())
     assert len(to_query) == len(to_own) == 0
+
+
+def test_emulated_loss_has_the_same_bits_whatever_the_order_of_threads(native, on_emulation):
+    """Siblings are found in any order: both those that are listed, and those of a query that has too many."""
+    query, key, keys, index, own, other = problem(20, 300, 21, 4, videos=9)
+    other[:45] = 100
+    own[3] = 100
+    bank = ce.Bank({"rgb": keys}, video_id=other)
+    found_here = []
+    for schedule in (0, 1, 7, 8):
+        emulated.schedule(native, schedule)
+        found_here.append(
+            gradients(
+                lambda q, x: ce.multi_positive_nce(q, x, bank, found(index), query_video_id=own),
+                query.float(),
+                key.float(),
+            )
+        )
+    for again in found_here[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found_here[0], again, strict=True))

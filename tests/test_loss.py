@@ -264,20 +264,20 @@ def test_numpy_banks_ids_and_positives_work(bank_of):
     torch.testing.assert_close(got, dense(query, key, keys, index, own_video=(own, other)))
 
 
-def arguments(dtype=torch.float64, b=4, k=11):
+def arguments(dtype=torch.float64, b=4, k=11, siblings=1):
     g = torch.Generator().manual_seed(5)
     query, keys = (unit(g, b, 3) / 0.2).to(dtype).requires_grad_(), unit(g, k, 3).float()
     own = torch.randn(b, generator=g, dtype=torch.float64).to(dtype).requires_grad_()
-    slot, row = torch.tensor([0, 2, 2, 9]), torch.tensor([1, 0, 3, 1])
-    absent = torch.tensor([1, 3, 3, 8, 10]), torch.tensor([0, 2, 3, 0, 1])
-    return query, own, keys, slot, row, *absent, torch.tensor([True, False, True, True]), 0.4
+    member = torch.tensor([[2, -1], [0, 9], [-1, -1], [2, -1]])
+    videos = torch.tensor([7, 5, 8, 8]), torch.tensor([1, 7, 2, 8, 3, 3, 3, 3, 7, 3, 5])
+    return query, own, keys, member, *videos, siblings, torch.tensor([True, False, True, True]), 0.4
 
 
+@pytest.mark.parametrize("siblings", range(3))
 @pytest.mark.parametrize("flags", list(itertools.product((True, False), repeat=2)), ids=str)
-def test_gradcheck(flags):
-    assert torch.autograd.gradcheck(
-        lambda q, s: operator.nce(q, s, *arguments()[2:], *flags, True)[0], arguments()[:2], atol=1e-8
-    )
+def test_gradcheck(flags, siblings):
+    given = arguments(siblings=siblings)
+    assert torch.autograd.gradcheck(lambda q, s: operator.nce(q, s, *given[2:], *flags, True)[0], given[:2], atol=1e-8)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -191,25 +191,29 @@ class Engine:
         query: Any,
         own: Any,
         keys: Any,
-        members: tuple[Any, Any],
-        absent: tuple[Any, Any],
+        member: Any,
+        query_video: Any,
+        key_video: Any,
+        siblings: int,
         drop: Any,
         *,
         temperature: float,
         own_positive: bool,
         mean_log: bool,
         differentiate: bool,
-    ) -> tuple[Any, Any, Any]:
-        """The operator of `cascade_engine.nce` in one launch.
+    ) -> tuple[Any, Any, Any, Any]:
+        """The operator of `cascade_engine.nce` in one launch; waits for nothing.
 
         Args:
             query: (B, D) float32.
             own: (B,) float32.
             keys: (K, D).
-            members: slots and rows of P's members, by slot ascending.
-            absent: slots and rows of what is in neither sum.
+            member: (B, k) int64.
+            query_video: (B,) int64, or (0,).
+            key_video: (K,) int64, or (0,).
+            siblings: as the operator's, and so are the options after it.
             drop: (B,) bool.
-            temperature: as the operator's, and so are the options after it.
+            temperature: see there.
             own_positive: see there.
             mean_log: see there.
             differentiate: see there.
@@ -220,29 +224,34 @@ class Engine:
         import torch
 
         loss = torch.empty(len(query), dtype=torch.float64, device=query.device)
+        counted = torch.empty(len(query), dtype=torch.bool, device=query.device)
         to_query, to_own = query.new_empty((len(query) if differentiate else 0, query.shape[1])), query.new_empty(0)
         if differentiate:
             to_own = torch.empty_like(own, memory_format=torch.contiguous_format)
         if len(query):
             query, keys = _rows(query), _rows(keys)
-            own, drop = own.contiguous(), drop.contiguous()
-            lists = [tuple(each.contiguous() for each in pair) for pair in (members, absent)]
+            own, drop, member = own.contiguous(), drop.contiguous(), member.contiguous()
+            ids = [each.contiguous() if len(query_video) else None for each in (query_video, key_video)]
             problem = self.native.Contrast(
                 queries=_describe(query),
                 keys=_describe(keys),
                 own=_address(own),
-                members=(*map(_address, lists[0]), len(lists[0][0])),
-                absent=(*map(_address, lists[1]), len(lists[1][0])),
+                members=_address(member),
+                width=member.shape[1],
+                query_video=_address(ids[0]),
+                key_video=_address(ids[1]),
+                siblings=siblings,
                 drop=_address(drop),
                 temperature=temperature,
                 own_positive=own_positive,
                 mean_log=mean_log,
                 loss=_address(loss),
+                counted=_address(counted),
                 to_query=_address(to_query) if differentiate else 0,
                 to_own=_address(to_own) if differentiate else 0,
             )
             _run(problem, query.device)
-        return loss, to_query if differentiate else query.new_empty(0), to_own
+        return loss, to_query if differentiate else query.new_empty(0), to_own, counted
 
     def _packed(self, bank: Bank, view: str) -> Packed:
         """The view's keys as halves, made at the bank's first search."""

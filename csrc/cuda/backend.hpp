@@ -74,24 +74,24 @@ struct SelectProblem {
   int64_t workspace_limit;
 };
 
-// Pairs of a key's slot and a query, by slot ascending.
-struct NcePairs {
-  const int64_t* slot;  // [count]
-  const int64_t* row;   // [count]
-  int64_t count;
-};
+// What the keys of a query's own video are to it: keys like others, in neither sum, or members of P.
+enum class Siblings : int { negative, ignore, positive };
 
 // The contrastive loss with its gradients; what they are is defined in nce.py.
 struct NceProblem {
-  Matrix queries;    // [B, D] float32
-  Matrix keys;       // [K, D]
-  const float* own;  // [B] scores of the queries' own keys, divided by the temperature
-  NcePairs members;  // of P, own keys left out
-  NcePairs absent;   // keys in neither sum
+  Matrix queries;              // [B, D] float32
+  Matrix keys;                 // [K, D]
+  const float* own;            // [B] scores of the queries' own keys, divided by the temperature
+  const int64_t* members;      // [B, width] slots of P's members but own keys and siblings: distinct, -1 for none
+  int64_t width;               //
+  const int64_t* query_video;  // [B], or null: there are no siblings
+  const int64_t* key_video;    // [K]
+  Siblings siblings;
   const bool* drop;  // [B] the own key leaves P where P has another member
   double temperature;
   bool own_positive, mean_log;
   double* loss;     // [B]
+  bool* counted;    // [B] whether P has a member; the loss is 0 where not
   float* to_query;  // [B, D], or null where no gradients are wanted
   float* to_own;    // [B], the same
 };

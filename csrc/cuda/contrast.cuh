@@ -2,9 +2,12 @@
 //
 // As in attention, a running softmax over the keys also sums the keys themselves, weighted: that sum is the query's
 // gradient. Members of P are kept out of the running sums, since there loss and gradient would be small differences of
-// large numbers. Each block takes 16 queries and a run of keys; the last block of a query tile merges the runs, adds
-// the members, and writes. Sums are float32 in two levels (within 32 columns or 128 keys, then over those); what is
-// there once per query is float64.
+// large numbers. Each block takes 16 queries and a run of keys; the last block of a query tile merges the runs, scores
+// and adds the members, and writes. Sums are float32 in two levels (within 32 columns or 128 keys, then over those);
+// what is there once per query is float64.
+//
+// How many siblings a query has is known on the device alone. The first 32 are listed as blocks come upon them, and
+// taken by slot; where there are more, the keys' ids are gone through again. So the host need not wait for a number.
 #pragma once
 
 #include "cuda/block.cuh"
@@ -18,12 +21,14 @@ constexpr int kNceKeys = 128;    // of a tile, four per lane
 constexpr int kNceDepth = 32;    // columns held at a time
 constexpr int kNceSplits = 64;   // runs of keys at most
 constexpr int kNceColumns = 128;
+constexpr int kNceSiblings = 32;  // of a query that are listed, one per lane
 
 struct NceShared {
   float query[kNceQueries][kNceDepth];
   float key[kNceKeys][kNceDepth + 1];   // one more column: lanes read down a column without bank conflicts
-  float weight[kNceKeys][kNceQueries];  // first the scores, then exp(score - top)
+  float weight[kNceKeys][kNceQueries];  // exp(score - top)
   uint32_t skip[kNceKeys];              // bit q: the key does not count for query q
+  int64_t video[kNceQueries];
   float shrink[kNceQueries];
   double run_scale[kNceThreads / 32][kNceSplits];
   uint32_t last;
@@ -32,35 +37,46 @@ struct NceShared {
 static_assert(sizeof(NceShared) <= 34 * 1024, "two blocks fit an SM with 100 KiB");
 
 struct NceSpace {
-  uint32_t* arrived;  // [query tiles], zeros: blocks that are done
-  float* top;         // [runs, rows] what a run's weights are relative to
-  double* sum;        // [runs, rows] of a run's weights
-  float* direction;   // [runs, rows, D] a run's keys summed by their weights; null without gradients
-  double* score;      // [M] of the members of P
-  int64_t rows;       // B rounded up to whole tiles
+  uint32_t* counts;    // [query tiles + rows], zeros: blocks that are done, then siblings found of each query
+  uint32_t* siblings;  // [rows, kNceSiblings] slots of the first ones
+  float* top;          // [runs, rows] what a run's weights are relative to
+  double* sum;         // [runs, rows] of a run's weights
+  float* direction;    // [runs, rows, D] a run's keys summed by their weights; null without gradients
+  int64_t rows;        // B rounded up to whole tiles
 };
 
-// The first of the ascending numbers that is not under `bound`.
-__device__ inline int64_t first_from(const int64_t* ascending, int64_t count, int64_t bound) {
-  int64_t low = 0, high = count;
-  while (low < high) {
-    const int64_t middle = low + (high - low) / 2;
-    if (ops::load(ascending + middle) < bound) {
-      low = middle + 1;
-    } else {
-      high = middle;
-    }
-  }
-  return low;
+// Whether siblings are anything but keys like others.
+__device__ inline bool knows_siblings(const NceProblem& p) {
+  return p.query_video != nullptr && p.siblings != Siblings::negative;
 }
 
-// Marks the pairs first to last - 1 of a tile that belong to the block's queries as not counting.
-__device__ inline void mark_pairs(const NcePairs& pairs, int64_t first, int64_t last, int64_t key0, int64_t query0,
-                                  uint32_t* skip) {
-  for (int64_t m = first + threadIdx.x; m < last; m += kNceThreads) {
-    const int64_t query = ops::load(pairs.row + m) - query0;
-    if (query >= 0 && query < kNceQueries) {
-      atomicOr(skip + (ops::load(pairs.slot + m) - key0), 1u << query);
+// Marks what of a tile is not the rest of a query's keys, and lists the siblings that are members of P.
+__device__ inline void mark_tile(const NceProblem& p, const NceSpace& space, int64_t query0, int64_t key0,
+                                 NceShared& shared) {
+  const int64_t left = p.queries.rows - query0, queries = left < kNceQueries ? left : kNceQueries;
+  for (int64_t at = threadIdx.x; at < queries * p.width; at += kNceThreads) {
+    const int64_t key = ops::load(p.members + query0 * p.width + at) - key0;
+    if (key >= 0 && key < kNceKeys) {
+      atomicOr(shared.skip + key, 1u << (at / p.width));
+    }
+  }
+  constexpr int kThreadsPerKey = kNceThreads / kNceKeys;
+  const int key = static_cast<int>(threadIdx.x) / kThreadsPerKey;
+  if (!knows_siblings(p) || key0 + key >= p.keys.rows) {
+    return;
+  }
+  const int64_t video = ops::load(p.key_video + key0 + key);
+  uint32_t* const counts = space.counts + gridDim.x + query0;
+  for (int query = static_cast<int>(threadIdx.x) % kThreadsPerKey; query < queries; query += kThreadsPerKey) {
+    if (video != shared.video[query]) {
+      continue;
+    }
+    atomicOr(shared.skip + key, 1u << query);
+    if (p.siblings == Siblings::positive) {
+      const uint32_t place = atomicAdd(counts + query, 1u);
+      if (place < kNceSiblings) {
+        ops::store(space.siblings + (query0 + query) * kNceSiblings + place, static_cast<uint32_t>(key0 + key));
+      }
     }
   }
 }
@@ -143,6 +159,62 @@ __device__ inline double log_add(double a, double b) {  // log(exp(a) + exp(b))
 }
 __device__ inline double sigmoid(double x) { return x < 0 ? exp(x) / (1 + exp(x)) : 1 / (1 + exp(-x)); }
 
+// Calls `visit(slot)` for the members of a query's P but its own key, in an order that only the members decide, by a
+// warp.
+template <class Visit>
+__device__ void each_member(const NceProblem& p, const NceSpace& space, int64_t query, Visit visit) {
+  const int lane = static_cast<int>(threadIdx.x & 31);
+  for (int64_t first = 0; first < p.width; first += 32) {
+    const int64_t mine = first + lane < p.width ? ops::load(p.members + query * p.width + first + lane) : -1;
+    unsigned found = __ballot_sync(kAllLanes, mine >= 0);
+    for (int from = 0; found != 0; found >>= 1, ++from) {
+      if (found & 1) {
+        visit(__shfl_sync(kAllLanes, mine, from));
+      }
+    }
+  }
+  if (!knows_siblings(p) || p.siblings != Siblings::positive) {
+    return;
+  }
+  const auto count = static_cast<int64_t>(ops::load_shared_by_blocks(space.counts + gridDim.x + query));
+  if (count <= kNceSiblings) {
+    const int64_t mine =
+        lane < count ? int64_t{ops::load_shared_by_blocks(space.siblings + query * kNceSiblings + lane)} : p.keys.rows;
+    int64_t last = -1;
+    for (int64_t n = 0; n < count; ++n) {
+      int64_t next = mine > last ? mine : p.keys.rows;
+      for (int lanes = 16; lanes > 0; lanes /= 2) {
+        const int64_t other = __shfl_xor_sync(kAllLanes, next, lanes);
+        next = other < next ? other : next;
+      }
+      visit(next);
+      last = next;
+    }
+    return;
+  }
+  const int64_t video = ops::load(p.query_video + query);
+  for (int64_t first = 0; first < p.keys.rows; first += 32) {
+    const bool mine = first + lane < p.keys.rows && ops::load(p.key_video + first + lane) == video;
+    unsigned found = __ballot_sync(kAllLanes, mine);
+    for (int64_t slot = first; found != 0; found >>= 1, ++slot) {
+      if (found & 1) {
+        visit(slot);
+      }
+    }
+  }
+}
+
+// The score of a query with a key, by a warp.
+__device__ inline double nce_score(const NceProblem& p, int64_t query, int64_t slot) {
+  const Matrix &queries = p.queries, &keys = p.keys;
+  float sum = 0;
+  for (int64_t d = threadIdx.x & 31; d < keys.columns; d += 32) {
+    sum += element(queries.data, query * queries.stride + d, queries.dtype) *
+           element(keys.data, slot * keys.stride + d, keys.dtype);
+  }
+  return float_sum_over_warp(sum) / static_cast<float>(p.temperature);
+}
+
 // What the scores of P's members come to, by a warp.
 struct Inside {
   int64_t count;
@@ -150,46 +222,29 @@ struct Inside {
 };
 
 __device__ inline Inside nce_members(const NceProblem& p, const NceSpace& space, int64_t query) {
-  float top = -INFINITY;
-  double count = 0, total = 0, sum = 0;
-  for (int64_t m = threadIdx.x & 31; m < p.members.count; m += 32) {
-    if (ops::load(p.members.row + m) == query) {
-      const double score = ops::load_shared_by_blocks(space.score + m);
-      count += 1;
-      total += score;
-      top = score > top ? static_cast<float>(score) : top;
-    }
-  }
-  top = largest_over_warp(top);
-  for (int64_t m = threadIdx.x & 31; m < p.members.count; m += 32) {
-    if (ops::load(p.members.row + m) == query) {
-      sum += exp(ops::load_shared_by_blocks(space.score + m) - top);
-    }
-  }
-  const double members = sum_over_warp(count);
-  total = sum_over_warp(total);
-  sum = sum_over_warp(sum);
-  return {static_cast<int64_t>(members), total, members > 0 ? top + log(sum) : -INFINITY};
+  int64_t count = 0;
+  double top = -INFINITY, total = 0, sum = 0;
+  each_member(p, space, query, [&](int64_t slot) {
+    const double score = nce_score(p, query, slot);
+    const double best = score > top ? score : top;
+    sum = sum * exp(top - best) + exp(score - best);
+    top = best;
+    total += score;
+    ++count;
+  });
+  return {count, total, count > 0 ? top + log(sum) : -INFINITY};
 }
 
 // Adds the keys of P's members, by `weight(score)`, to a query's gradient, by a warp.
 template <class Weight>
 __device__ void add_members(const NceProblem& p, const NceSpace& space, int64_t query, Weight weight) {
-  const int lane = static_cast<int>(threadIdx.x & 31);
   float* const to = p.to_query + query * p.keys.columns;
-  for (int64_t first = 0; first < p.members.count; first += 32) {
-    const int64_t mine = first + lane;
-    unsigned found = __ballot_sync(kAllLanes, mine < p.members.count && ops::load(p.members.row + mine) == query);
-    for (int64_t m = first; found != 0; found >>= 1, ++m) {
-      if (found & 1) {
-        const auto factor = static_cast<float>(weight(ops::load_shared_by_blocks(space.score + m)));
-        const int64_t from = ops::load(p.members.slot + m) * p.keys.stride;
-        for (int64_t d = lane; d < p.keys.columns; d += 32) {
-          ops::store(to + d, ops::load(to + d) + factor * element(p.keys.data, from + d, p.keys.dtype));
-        }
-      }
+  each_member(p, space, query, [&](int64_t slot) {
+    const auto factor = static_cast<float>(weight(nce_score(p, query, slot)));
+    for (int64_t d = threadIdx.x & 31; d < p.keys.columns; d += 32) {
+      ops::store(to + d, ops::load(to + d) + factor * element(p.keys.data, slot * p.keys.stride + d, p.keys.dtype));
     }
-  }
+  });
 }
 
 // Merges the runs of one query and writes its loss and gradients, by a warp; `scale` has room for a number per run.
@@ -221,6 +276,7 @@ __device__ inline void finish_query(const NceProblem& p, const NceSpace& space, 
     const double by_mean = all - (inside.total + (kept ? own : 0)) / size;
     const double by_sum = apart > 0 ? apart + log1p(exp(-apart)) : log1p(exp(apart));
     ops::store(p.loss + query, !counted ? 0 : p.mean_log ? by_mean : by_sum);
+    ops::store(p.counted + query, counted);
   }
   if (p.to_query == nullptr) {
     return;
@@ -261,13 +317,14 @@ __global__ void __launch_bounds__(kNceThreads, 2) contrast_keys(const NceProblem
   const int64_t first_tile = tiles * blockIdx.y / gridDim.y, last_tile = tiles * (blockIdx.y + 1) / gridDim.y;
   float* const direction =
       space.direction == nullptr ? nullptr : space.direction + (blockIdx.y * space.rows + query0) * p.keys.columns;
-  int64_t member = first_from(p.members.slot, p.members.count, first_tile * kNceKeys);
-  int64_t absent = first_from(p.absent.slot, p.absent.count, first_tile * kNceKeys);
   float top[2];
   double sum[2] = {};
   for (int i = 0; i < 2; ++i) {
     const int64_t query = query0 + 2 * warp + i;
     top[i] = query < p.queries.rows ? ops::load(p.own + query) : 0;
+  }
+  if (thread < kNceQueries && knows_siblings(p)) {  // read after the first tile's barrier
+    shared.video[thread] = query0 + thread < p.queries.rows ? ops::load(p.query_video + query0 + thread) : 0;
   }
   for (int64_t tile = first_tile; tile < last_tile; ++tile) {
     const int64_t key0 = tile * kNceKeys;
@@ -275,28 +332,14 @@ __global__ void __launch_bounds__(kNceThreads, 2) contrast_keys(const NceProblem
       shared.skip[key] = key0 + key < p.keys.rows ? 0 : kAllLanes;
     }
     __syncthreads();
-    const int64_t next_member = first_from(p.members.slot, p.members.count, key0 + kNceKeys);
-    const int64_t next_absent = first_from(p.absent.slot, p.absent.count, key0 + kNceKeys);
-    mark_pairs(p.members, member, next_member, key0, query0, shared.skip);
-    mark_pairs(p.absent, absent, next_absent, key0, query0, shared.skip);
+    mark_tile(p, space, query0, key0, shared);
     float scores[2][4] = {};
     nce_products(p, query0, key0, shared, scores);  // its barriers come before the marks are read
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       for (int i = 0; i < 2; ++i) {
         scores[i][j] /= static_cast<float>(p.temperature);
-        shared.weight[lane + 32 * j][2 * warp + i] = scores[i][j];
       }
-    }
-    if (member < next_member) {  // the same for all threads
-      __syncthreads();
-      for (int64_t m = member + thread; m < next_member; m += kNceThreads) {
-        const int64_t query = ops::load(p.members.row + m) - query0;
-        if (query >= 0 && query < kNceQueries) {
-          ops::store(space.score + m, double{shared.weight[ops::load(p.members.slot + m) - key0][query]});
-        }
-      }
-      __syncthreads();
     }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -326,8 +369,6 @@ __global__ void __launch_bounds__(kNceThreads, 2) contrast_keys(const NceProblem
     if (direction != nullptr) {
       add_directions(p, direction, key0, tile == first_tile, shared);
     }
-    member = next_member;
-    absent = next_absent;
   }
   for (int i = 0; i < 2 && lane == 0; ++i) {
     const int64_t at = blockIdx.y * space.rows + query0 + 2 * warp + i;
@@ -337,7 +378,7 @@ __global__ void __launch_bounds__(kNceThreads, 2) contrast_keys(const NceProblem
   __threadfence();
   __syncthreads();
   if (thread == 0) {
-    shared.last = atomicAdd(space.arrived + blockIdx.x, 1u) == gridDim.y - 1;
+    shared.last = atomicAdd(space.counts + blockIdx.x, 1u) == gridDim.y - 1;
   }
   __syncthreads();
   if (!shared.last) {

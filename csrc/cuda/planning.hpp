@@ -278,7 +278,7 @@ size_t mine_over(Launcher& launcher, const MineProblem& p, void* workspace) {
                                  : mine_by_bounds<NarrowShape>(launcher, p, workspace);
 }
 
-// One launch, and zeros for what its blocks count.
+// One launch, after zeros for what its blocks count.
 template <class Launcher>
 size_t contrast_over(Launcher& launcher, const NceProblem& p, void* workspace) {
   const int64_t query_tiles = ceil_div(p.queries.rows, kNceQueries), key_tiles = ceil_div(p.keys.rows, kNceKeys);
@@ -287,14 +287,14 @@ size_t contrast_over(Launcher& launcher, const NceProblem& p, void* workspace) {
   Arena arena(workspace);
   NceSpace space{};
   space.rows = query_tiles * kNceQueries;
-  space.arrived = arena.take<uint32_t>(query_tiles);
+  space.counts = arena.take<uint32_t>(query_tiles + space.rows);
+  space.siblings = arena.take<uint32_t>(space.rows * kNceSiblings);
   space.top = arena.take<float>(runs * space.rows);
   space.sum = arena.take<double>(runs * space.rows);
-  space.score = arena.take<double>(p.members.count);
   if (p.to_query != nullptr) {
     space.direction = arena.take<float>(runs * space.rows * p.keys.columns);
   }
-  launcher.clear(space.arrived, static_cast<size_t>(query_tiles) * sizeof(uint32_t));
+  launcher.clear(space.counts, static_cast<size_t>(query_tiles + space.rows) * sizeof(uint32_t));
   launcher.launch(contrast_keys, dim3(static_cast<unsigned>(query_tiles), static_cast<unsigned>(runs)), kNceThreads,
                   sizeof(NceShared), p, space);
   return arena.used();

@@ -169,30 +169,30 @@ cuda::SelectProblem select_problem(const std::vector<StageTuple>& stages, const 
   return problem;
 }
 
-using Pairs = std::tuple<Address, Address, int64_t>;  // slots, rows, how many
-
-cuda::NceProblem nce_problem(const Tensor& queries, const Tensor& keys, Address own, const Pairs& members,
-                             const Pairs& absent, Address drop, double temperature, bool own_positive, bool mean_log,
-                             Address loss, Address to_query, Address to_own) {
-  const auto pairs = [](const Pairs& each) {
-    const auto& [slot, row, count] = each;
-    return cuda::NcePairs{pointer<const int64_t>(slot), pointer<const int64_t>(row), count};
-  };
+cuda::NceProblem nce_problem(const Tensor& queries, const Tensor& keys, Address own, Address members, int64_t width,
+                             Address query_video, Address key_video, int siblings, Address drop, double temperature,
+                             bool own_positive, bool mean_log, Address loss, Address counted, Address to_query,
+                             Address to_own) {
   cuda::NceProblem problem{};
   problem.queries = matrix(queries);
   problem.keys = matrix(keys);
   if (problem.queries.rows < 1 || problem.queries.columns != problem.keys.columns ||
-      problem.queries.dtype != DType::float32) {
-    throw py::value_error("expected float32 queries, at least one, as wide as the keys");
+      problem.queries.dtype != DType::float32 || siblings < 0 ||
+      siblings > static_cast<int>(cuda::Siblings::positive)) {
+    throw py::value_error("expected float32 queries, at least one, as wide as the keys, and siblings of a known kind");
   }
   problem.own = pointer<const float>(own);
-  problem.members = pairs(members);
-  problem.absent = pairs(absent);
+  problem.members = pointer<const int64_t>(members);
+  problem.width = width;
+  problem.query_video = pointer<const int64_t>(query_video);
+  problem.key_video = pointer<const int64_t>(key_video);
+  problem.siblings = static_cast<cuda::Siblings>(siblings);
   problem.drop = pointer<const bool>(drop);
   problem.temperature = temperature;
   problem.own_positive = own_positive;
   problem.mean_log = mean_log;
   problem.loss = pointer<double>(loss);
+  problem.counted = pointer<bool>(counted);
   problem.to_query = pointer<float>(to_query);
   problem.to_own = pointer<float>(to_own);
   return problem;
@@ -238,8 +238,9 @@ PYBIND11_MODULE(CASCADE_CUDA_MODULE, module) {
           py::arg("workspace"), py::arg("stream"), release);
   py::class_<cuda::NceProblem>(module, "Contrast", py::module_local())
       .def(py::init(&python::nce_problem), py::kw_only(), py::arg("queries"), py::arg("keys"), py::arg("own"),
-           py::arg("members"), py::arg("absent"), py::arg("drop"), py::arg("temperature"), py::arg("own_positive"),
-           py::arg("mean_log"), py::arg("loss"), py::arg("to_query"), py::arg("to_own"))
+           py::arg("members"), py::arg("width"), py::arg("query_video"), py::arg("key_video"), py::arg("siblings"),
+           py::arg("drop"), py::arg("temperature"), py::arg("own_positive"), py::arg("mean_log"), py::arg("loss"),
+           py::arg("counted"), py::arg("to_query"), py::arg("to_own"))
       .def("workspace", &cuda::contrast_workspace)
       .def(
           "run",
