@@ -64,8 +64,8 @@ def nce(
         )
         return found
     with torch.autocast(query.device.type, enabled=False):  # the products are of the query's own type
-        slot, row, *absent = _pairs(member, query_video, key_video, siblings)
-        scan = _scan(query, own, keys, slot, row, *absent, temperature, differentiate)
+        slot, row, absent_slot, absent_row = _pairs(member, query_video, key_video, siblings)
+        scan = _scan(query, own, keys, slot, row, absent_slot, absent_row, temperature, differentiate)
         mine, score = own.double(), scan.score
         count = torch.bincount(row, minlength=len(own))
         kept = own_positive & ~(drop & (count > 0))
