@@ -1,4 +1,4 @@
-"""Named ranges in torch's profiler, at no cost where none runs."""
+"""Named ranges in torch's profiler and on NVIDIA's timeline, at no cost where neither a profiler nor a GPU is used."""
 
 from __future__ import annotations
 
@@ -17,12 +17,26 @@ _CLOCK = "clock"  # a range that tells the trace's time at a known moment
 
 
 def phase(name: str) -> AbstractContextManager[object]:
-    """A range ``cascade::name`` in the trace of a torch profiler that is running; never imports torch."""
+    """A range ``cascade::name`` in the trace of a torch profiler that is running; never imports torch.
+
+    Once this process uses a GPU it is an NVTX range too, which NVIDIA's profilers show above what was launched in it.
+    """
     torch: Any = sys.modules.get("torch")
-    if torch is None or not torch.autograd._profiler_enabled():
+    if torch is None or torch.compiler.is_compiling():
         return _IDLE
-    found: AbstractContextManager[object] = torch.profiler.record_function(f"cascade::{name}")
-    return found
+    profiled, on_gpu = torch.autograd._profiler_enabled(), torch.cuda.is_initialized()
+    if not profiled and not on_gpu:
+        return _IDLE
+    return _ranges(torch, f"cascade::{name}", profiled=profiled, on_gpu=on_gpu)
+
+
+@contextmanager
+def _ranges(torch: Any, name: str, *, profiled: bool, on_gpu: bool) -> Iterator[None]:
+    with (
+        torch.profiler.record_function(name) if profiled else _IDLE,
+        torch.cuda.nvtx.range(name) if on_gpu else _IDLE,
+    ):
+        yield
 
 
 @dataclass

@@ -108,14 +108,21 @@ def counters(native: ModuleType) -> dict[str, int]:
     return dict(zip(COUNTERS, values, strict=True))
 
 
-def loss_operator(native: ModuleType) -> Callable[..., tuple[torch.Tensor, ...]]:
+def phases(native: ModuleType) -> list[str]:
+    """What the launches since the last reset were for."""
+    library = ctypes.CDLL(native.__file__)
+    library.emulation_phases.restype = ctypes.c_char_p
+    return library.emulation_phases().decode().split()
+
+
+def loss_operator(native: ModuleType, **limits: int) -> Callable[..., tuple[torch.Tensor, ...]]:
     """`cascade_engine.nce.nce` by the emulated kernel, for `cascade_engine.loss`."""
 
     class Operator(torch.autograd.Function):
         @staticmethod
         def forward(ctx, *arguments):
             *tensors, temperature, own_positive, mean_log, differentiate = arguments
-            out = Engine(native).contrast(
+            out = Engine(native, **limits).contrast(
                 *tensors, temperature=temperature, own_positive=own_positive, mean_log=mean_log,
                 differentiate=differentiate,
             )  # fmt: skip

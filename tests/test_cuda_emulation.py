@@ -127,7 +127,10 @@ REGIMES = {
 }
 
 
-@pytest.mark.parametrize("metric", ["ip", "cosine", "l2"])
+BLOCKS = {"ip": 1, "cosine": 3, "l2": 528}  # that share the tiles of keys: several for each, or one
+
+
+@pytest.mark.parametrize("metric", BLOCKS)
 @pytest.mark.parametrize("regime", REGIMES)
 def test_emulated_mine_equals_the_reference_in_every_regime(native, regime, metric):
     text, b, k, dim, family, split_keys = REGIMES[regime]
@@ -139,8 +142,9 @@ def test_emulated_mine_equals_the_reference_in_every_regime(native, regime, metr
     video, query_video = rng.integers(0, k // 3, k), rng.integers(0, k // 3, b)
     want = ce.mine(plan, queries, ce.Bank(keys, video, metric=metric), query_video, backend="reference")
     found = emulated.mine(
-        native, plan, queries, keys, video=video, query_video=query_video, metric=metric, split_keys=split_keys
-    )
+        native, plan, queries, keys, video=video, query_video=query_video, metric=metric, split_keys=split_keys,
+        blocks=BLOCKS[metric],
+    )  # fmt: skip
     np.testing.assert_array_equal(found.index, want.index)
     np.testing.assert_array_equal(found.similarity, want.similarity)
 

@@ -131,7 +131,7 @@ def test_emulated_training_step_takes_four_launches(native, monkeypatch):
     plan = ce.CascadePlan.preset("cpr", oracle="flow", trainee="rgb", k=5)
     queue = ce.KeyQueue(300, {"rgb": 24, "flow": 24}, device="cpu")
     emulated.push(native, queue, rows(300), torch.arange(300) // 3)
-    launches = []
+    launches, ranges = [], []
     for step in range(4):
         keys, queries, video = rows(32), rows(32), torch.arange(32) + step
         emulated.reset_counters(native)
@@ -145,5 +145,8 @@ def test_emulated_training_step_takes_four_launches(native, monkeypatch):
         gradients(loss, queries["rgb"], keys["rgb"])
         emulated.push(native, queue, keys, video)
         launches.append(emulated.counters(native)["launches"])
+        ranges.append(emulated.phases(native))
     assert launches[0] == 8, "the first search packs the ring: two launches a view"
     assert launches[1:] == [4, 4, 4]
+    assert ranges[0] == ["pack"] * 4 + ranges[1]
+    assert ranges[1] == ["score", "select", "contrast", "push"]

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from cascade_engine.bank import Metric, Prepared
 
 WORKSPACE_LIMIT = 1 << 30  # bytes; queries go in waves where one launch would need more
+BLOCKS = 528  # of a launch over tiles of keys: four on each SM of an H100
 SPLIT_KEYS = 1 << 15  # larger banks than two such splits are preselected split by split
 _DTYPES = ("float32", "float16", "bfloat16", "float64")
 
@@ -72,9 +73,16 @@ class Engine:
     """Requests as calls of the native module: `cascade_engine._cuda`, or its emulation in the tests."""
 
     def __init__(
-        self, native: Any, *, workspace_limit: int = WORKSPACE_LIMIT, split_keys: int = SPLIT_KEYS, bounds: bool = True
+        self,
+        native: Any,
+        *,
+        workspace_limit: int = WORKSPACE_LIMIT,
+        split_keys: int = SPLIT_KEYS,
+        bounds: bool = True,
+        blocks: int = BLOCKS,
     ) -> None:
         self.native, self.workspace_limit, self.split_keys, self.bounds = native, workspace_limit, split_keys, bounds
+        self.blocks = blocks
 
     def mine(self, request: MineRequest) -> Selection:
         """Rank the bank's keys and select.
@@ -113,6 +121,7 @@ class Engine:
             **out.addresses(),
             workspace_limit=self.workspace_limit,
             split_keys=self.split_keys,
+            blocks=self.blocks,
         )
         _run(problem, queries[0].device)
         return out.selection()
@@ -249,6 +258,7 @@ class Engine:
                 counted=_address(counted),
                 to_query=_address(to_query) if differentiate else 0,
                 to_own=_address(to_own) if differentiate else 0,
+                blocks=self.blocks,
             )
             _run(problem, query.device)
         return loss, to_query if differentiate else query.new_empty(0), to_own, counted

@@ -3,6 +3,11 @@
 
 #include <source_location>
 
+#if __has_include(<nvtx3/nvToolsExt.h>)
+#include <nvtx3/nvToolsExt.h>
+#define CASCADE_NVTX
+#endif
+
 #include "cuda/backend.hpp"
 #include "cuda/planning.hpp"
 
@@ -16,12 +21,30 @@ void check(cudaError_t error, const std::source_location& where) {
   }
 }
 
+// A named range of NVIDIA's profilers while a launch is queued; costs next to nothing where none is attached.
+class Range {
+ public:
+  explicit Range([[maybe_unused]] const char* phase) {
+#if defined(CASCADE_NVTX)
+    nvtxRangePushA((std::string("cascade::") + phase).c_str());
+#endif
+  }
+  ~Range() {
+#if defined(CASCADE_NVTX)
+    nvtxRangePop();
+#endif
+  }
+  Range(const Range&) = delete;
+  Range& operator=(const Range&) = delete;
+};
+
 struct StreamLauncher {
   cudaStream_t stream;
 
   template <class... Parameters, class... Arguments>
-  void launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared_bytes,
+  void launch(const char* phase, void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared_bytes,
               const Arguments&... arguments) const {
+    const Range range(phase);
     constexpr size_t kWithoutAsking = 48 * 1024;
     if (shared_bytes > kWithoutAsking) {
       check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),

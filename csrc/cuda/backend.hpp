@@ -61,6 +61,7 @@ struct MineProblem {
   int64_t keys;     // K
   Answer answer;
   int64_t workspace_limit;  // bytes; more queries go in several waves
+  int64_t blocks;           // that tiles of keys are shared among, if there are as many
   int64_t split_keys;       // banks of more than twice as many keys are preselected in splits of so many
 };
 
@@ -90,6 +91,7 @@ struct NceProblem {
   const bool* drop;  // [B] the own key leaves P where P has another member
   double temperature;
   bool own_positive, mean_log;
+  int64_t blocks;   // that tiles of keys are shared among, if there are as many
   double* loss;     // [B]
   bool* counted;    // [B] whether P has a member; the loss is 0 where not
   float* to_query;  // [B, D], or null where no gradients are wanted

@@ -1,5 +1,6 @@
 // Grids, blocks, shared memory and workspace of every launch. A launcher does the launching: <<<>>> on a GPU, fibers
-// in the emulation, nothing at all to measure a workspace. So what is tested is the very arithmetic that launches.
+// in the emulation, nothing at all to measure a workspace. So what is tested is the very arithmetic that launches. A
+// launch says which phase it is, for the timeline.
 #pragma once
 
 #include <algorithm>
@@ -111,8 +112,8 @@ size_t select_over(Launcher& launcher, const SelectProblem& p, void* workspace) 
   }
   for (int64_t first = 0; first < p.queries; first += wave) {
     const auto rows = static_cast<unsigned>(std::min(wave, p.queries - first));
-    launcher.launch(cascade_over_scores, dim3(rows), kThreads, sizeof(CascadeShared), p.plan, scores, p.keys, p.exclude,
-                    first, int64_t{0}, space, p.answer);
+    launcher.launch("select", cascade_over_scores, dim3(rows), kThreads, sizeof(CascadeShared), p.plan, scores, p.keys,
+                    p.exclude, first, int64_t{0}, space, p.answer);
   }
   return arena.used();
 }
@@ -135,13 +136,14 @@ size_t mine_exactly(Launcher& launcher, const MineProblem& p, void* workspace) {
     const int64_t rows = std::min(wave, p.queries - first);
     const dim3 grid(static_cast<unsigned>(ceil_div(p.keys, kExactKeys)),
                     static_cast<unsigned>(ceil_div(rows, kExactQueries)), static_cast<unsigned>(p.plan.view_count));
-    launcher.launch(exact_scores, grid, kExactThreads, sizeof(ExactShared), p.views, p.metric, first, rows, scores);
+    launcher.launch("score", exact_scores, grid, kExactThreads, sizeof(ExactShared), p.views, p.metric, first, rows,
+                    scores);
     ScoreViews views{};
     for (int v = 0; v < p.plan.view_count; ++v) {
       views.view[v] = {scores == nullptr ? nullptr : scores + v * rows * p.keys, p.keys, true};
     }
-    launcher.launch(cascade_over_scores, dim3(static_cast<unsigned>(rows)), kThreads, sizeof(CascadeShared), p.plan,
-                    views, p.keys, p.exclude, first, first, space, p.answer);
+    launcher.launch("select", cascade_over_scores, dim3(static_cast<unsigned>(rows)), kThreads, sizeof(CascadeShared),
+                    p.plan, views, p.keys, p.exclude, first, first, space, p.answer);
   }
   return arena.used();
 }
@@ -155,16 +157,16 @@ void pack_over(Launcher& launcher, const PackProblem& p) {
   }
   const dim3 grid(static_cast<unsigned>(ceil_div(p.rows, kPackThreads / 32)), static_cast<unsigned>(p.view_count));
   if (p.measure && p.metric != Metric::cosine) {
-    launcher.launch(measure_rows, grid, kPackThreads, 0, arguments, p.first, p.rows);
+    launcher.launch("pack", measure_rows, grid, kPackThreads, 0, arguments, p.first, p.rows);
   }
-  launcher.launch(pack_rows, grid, kPackThreads, 0, arguments, p.metric, p.first, p.rows);
+  launcher.launch("pack", pack_rows, grid, kPackThreads, 0, arguments, p.metric, p.first, p.rows);
 }
 
 template <class Launcher>
 void push_over(Launcher& launcher, const PushProblem& p) {
   const int64_t rows = p.views[0].batch.rows, taken = std::min(rows, p.views[0].ring.rows);
   const dim3 grid(static_cast<unsigned>(ceil_div(taken, kPushThreads / 32)), static_cast<unsigned>(p.view_count));
-  launcher.launch(push_rows, grid, kPushThreads, 0, p, rows - taken);
+  launcher.launch("push", push_rows, grid, kPushThreads, 0, p, rows - taken);
 }
 
 constexpr int64_t kWidePitch = 512;     // halves: a tile of 64 such queries takes 64 KiB of shared memory
@@ -172,7 +174,6 @@ constexpr int64_t kNarrowPitch = 2048;  // and a tile of 16 of these the same
 static_assert(bound_shared_bytes<WideShape>(kWidePitch) <= 99 * 1024, "fits every GPU from sm_86 on");
 static_assert(bound_shared_bytes<NarrowShape>(kNarrowPitch) <= 99 * 1024);
 static_assert(sizeof(CascadeShared) <= 8 * 1024 && sizeof(ExactShared) <= 8 * 1024);
-constexpr int64_t kTargetBlocks = 528;  // four on each SM of an H100
 
 inline int64_t widest(const MineProblem& p) {
   int64_t pitch = 0;
@@ -254,17 +255,16 @@ size_t mine_by_bounds(Launcher& launcher, const MineProblem& p, void* workspace)
   for (int64_t first = 0; first < p.queries; first += wave) {
     const int64_t rows = std::min(wave, p.queries - first);
     const int64_t query_tiles = ceil_div(rows, S::queries);
-    const int64_t sharing =
-        std::clamp<int64_t>(kTargetBlocks / (query_tiles * view_count), 1, ceil_div(p.keys, kBoundKeys));
+    const int64_t sharing = std::clamp<int64_t>(p.blocks / (query_tiles * view_count), 1, ceil_div(p.keys, kBoundKeys));
     const dim3 grid(static_cast<unsigned>(sharing), static_cast<unsigned>(query_tiles), view_count);
-    launcher.launch(bound_scores<S>, grid, kBoundThreads, bound_shared_bytes<S>(widest(p)), views, p.metric, p.keys,
-                    first, rows, m.bounds);
+    launcher.launch("score", bound_scores<S>, grid, kBoundThreads, bound_shared_bytes<S>(widest(p)), views, p.metric,
+                    p.keys, first, rows, m.bounds);
     if (const int64_t splits = preselected_splits(p); splits > 0) {
-      launcher.launch(preselect, dim3(static_cast<unsigned>(rows), static_cast<unsigned>(splits)), kThreads,
+      launcher.launch("select", preselect, dim3(static_cast<unsigned>(rows), static_cast<unsigned>(splits)), kThreads,
                       sizeof(BoundedShared), p.plan, p.views, p.metric, p.keys, p.exclude, first, m.bounds, m.lists);
     }
-    launcher.launch(cascade_over_bounds, dim3(static_cast<unsigned>(rows)), kThreads, sizeof(BoundedShared), p.plan,
-                    p.views, p.metric, p.keys, p.exclude, first, m.bounds, m.lists, p.answer);
+    launcher.launch("select", cascade_over_bounds, dim3(static_cast<unsigned>(rows)), kThreads, sizeof(BoundedShared),
+                    p.plan, p.views, p.metric, p.keys, p.exclude, first, m.bounds, m.lists, p.answer);
   }
   return arena.used();
 }
@@ -283,7 +283,7 @@ template <class Launcher>
 size_t contrast_over(Launcher& launcher, const NceProblem& p, void* workspace) {
   const int64_t query_tiles = ceil_div(p.queries.rows, kNceQueries), key_tiles = ceil_div(p.keys.rows, kNceKeys);
   const int64_t most = std::clamp<int64_t>(key_tiles, 1, kNceSplits);
-  const int64_t runs = std::clamp<int64_t>(kTargetBlocks / std::max<int64_t>(query_tiles, 1), 1, most);
+  const int64_t runs = std::clamp<int64_t>(p.blocks / std::max<int64_t>(query_tiles, 1), 1, most);
   Arena arena(workspace);
   NceSpace space{};
   space.rows = query_tiles * kNceQueries;
@@ -295,8 +295,8 @@ size_t contrast_over(Launcher& launcher, const NceProblem& p, void* workspace) {
     space.direction = arena.take<float>(runs * space.rows * p.keys.columns);
   }
   launcher.clear(space.counts, static_cast<size_t>(query_tiles + space.rows) * sizeof(uint32_t));
-  launcher.launch(contrast_keys, dim3(static_cast<unsigned>(query_tiles), static_cast<unsigned>(runs)), kNceThreads,
-                  sizeof(NceShared), p, space);
+  launcher.launch("contrast", contrast_keys, dim3(static_cast<unsigned>(query_tiles), static_cast<unsigned>(runs)),
+                  kNceThreads, sizeof(NceShared), p, space);
   return arena.used();
 }
 

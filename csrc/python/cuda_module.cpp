@@ -129,7 +129,8 @@ cuda::Answer answer(Address index, Address similarity, const std::vector<Address
 cuda::MineProblem mine_problem(const std::vector<StageTuple>& stages, const std::vector<Tensor>& queries,
                                const std::vector<Tensor>& keys, const std::vector<Packed>& packed, int metric,
                                Address key_video, Address query_video, Address mask, Address index, Address similarity,
-                               const std::vector<Address>& kept, int64_t workspace_limit, int64_t split_keys) {
+                               const std::vector<Address>& kept, int64_t workspace_limit, int64_t split_keys,
+                               int64_t blocks) {
   cuda::MineProblem problem{};
   problem.plan = plan_arguments(stages, queries.size());
   if (keys.size() != queries.size() || packed.size() != queries.size()) {
@@ -150,6 +151,7 @@ cuda::MineProblem mine_problem(const std::vector<StageTuple>& stages, const std:
   problem.answer = answer(index, similarity, kept);
   problem.workspace_limit = workspace_limit;
   problem.split_keys = split_keys;
+  problem.blocks = blocks;
   return problem;
 }
 
@@ -172,7 +174,7 @@ cuda::SelectProblem select_problem(const std::vector<StageTuple>& stages, const 
 cuda::NceProblem nce_problem(const Tensor& queries, const Tensor& keys, Address own, Address members, int64_t width,
                              Address query_video, Address key_video, int siblings, Address drop, double temperature,
                              bool own_positive, bool mean_log, Address loss, Address counted, Address to_query,
-                             Address to_own) {
+                             Address to_own, int64_t blocks) {
   cuda::NceProblem problem{};
   problem.queries = matrix(queries);
   problem.keys = matrix(keys);
@@ -190,6 +192,7 @@ cuda::NceProblem nce_problem(const Tensor& queries, const Tensor& keys, Address 
   problem.drop = pointer<const bool>(drop);
   problem.temperature = temperature;
   problem.own_positive = own_positive;
+  problem.blocks = blocks;
   problem.mean_log = mean_log;
   problem.loss = pointer<double>(loss);
   problem.counted = pointer<bool>(counted);
@@ -218,7 +221,8 @@ PYBIND11_MODULE(CASCADE_CUDA_MODULE, module) {
   py::class_<cuda::MineProblem>(module, "Mine", py::module_local())
       .def(py::init(&python::mine_problem), py::kw_only(), py::arg("stages"), py::arg("queries"), py::arg("keys"),
            py::arg("packed"), py::arg("metric"), py::arg("key_video"), py::arg("query_video"), py::arg("mask"),
-           py::arg("index"), py::arg("similarity"), py::arg("kept"), py::arg("workspace_limit"), py::arg("split_keys"))
+           py::arg("index"), py::arg("similarity"), py::arg("kept"), py::arg("workspace_limit"), py::arg("split_keys"),
+           py::arg("blocks"))
       .def("workspace", &cuda::mine_workspace)
       .def(
           "run",
@@ -240,7 +244,7 @@ PYBIND11_MODULE(CASCADE_CUDA_MODULE, module) {
       .def(py::init(&python::nce_problem), py::kw_only(), py::arg("queries"), py::arg("keys"), py::arg("own"),
            py::arg("members"), py::arg("width"), py::arg("query_video"), py::arg("key_video"), py::arg("siblings"),
            py::arg("drop"), py::arg("temperature"), py::arg("own_positive"), py::arg("mean_log"), py::arg("loss"),
-           py::arg("counted"), py::arg("to_query"), py::arg("to_own"))
+           py::arg("counted"), py::arg("to_query"), py::arg("to_own"), py::arg("blocks"))
       .def("workspace", &cuda::contrast_workspace)
       .def(
           "run",

@@ -8,8 +8,9 @@ namespace {
 
 struct FiberLauncher {
   template <class... Parameters, class... Arguments>
-  void launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared_bytes,
+  void launch(const char* phase, void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared_bytes,
               const Arguments&... arguments) const {
+    emulation::phases() += std::string(phase) + " ";
     emulation::launch(grid, dim3(static_cast<unsigned>(threads)), shared_bytes, [=] { kernel(arguments...); });
   }
   void clear(void* at, size_t bytes) const { std::memset(at, 0, bytes); }

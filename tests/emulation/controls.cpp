@@ -8,7 +8,13 @@ CASCADE_CONTROL void emulation_schedule(uint64_t seed, bool perturb) {
   emulation::settings().perturb = perturb;
 }
 
-CASCADE_CONTROL void emulation_reset_counters() { emulation::counters() = {}; }
+CASCADE_CONTROL void emulation_reset_counters() {
+  emulation::counters() = {};
+  emulation::phases().clear();
+}
+
+// The phases launched since then, separated by blanks.
+CASCADE_CONTROL const char* emulation_phases() { return emulation::phases().c_str(); }
 
 // Launches, blocks, barriers, bytes read, bytes written, bytes copied asynchronously, matrix operations, matrix loads,
 // float64 multiply-adds.

@@ -108,6 +108,11 @@ inline Counters& counters() {
   static Counters value;
   return value;
 }
+// The phases launched since the last reset, each with a blank after it.
+inline std::string& phases() {
+  static std::string value;
+  return value;
+}
 inline Block*& block() {
   static thread_local Block* value = nullptr;
   return value;
