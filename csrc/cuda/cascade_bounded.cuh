@@ -104,10 +104,10 @@ __device__ inline void score_list(const StageScore& scores, const uint32_t* ids,
   __syncthreads();
 }
 
-// How bounds of this stage are read, and how far one may be from its score. Thread 0 works; all wait.
+// How bounds of this stage are read, and how far one may be from its score. Thread 0 works: a barrier must come before
+// the others read it, and the last stage's reads are behind the barrier that ends its compaction.
 __device__ inline void describe_stage(const StageArguments& stage, const BoundMeaning* meaning, int64_t rows,
                                       BoundedShared& shared) {
-  __syncthreads();
   if (threadIdx.x == 0) {
     double slack = meaning[stage.views[0] * rows].slack;
     if (stage.fusion != Fusion::none) {
@@ -135,7 +135,6 @@ __device__ inline void describe_stage(const StageArguments& stage, const BoundMe
     constexpr double kAll = 2 * kSteps;  // everything is undecided
     shared.slack = static_cast<int>(slack < kAll ? slack : kAll) + 1;
   }
-  __syncthreads();
 }
 
 // Keeps the `n` best of `list` (in place, in index order); returns how many are left.

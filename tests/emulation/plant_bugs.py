@@ -46,7 +46,7 @@ BUGS = (
     Bug("histogram: not cleared", "block.cuh", "    shared.histogram[thread] = 0;\n", ""),
     Bug("histogram: no barrier before counting", "block.cuh", "    shared.histogram[thread] = 0;\n    __syncthreads();", "    shared.histogram[thread] = 0;"),
     Bug("histogram: prefix not checked", "block.cuh", " || key >> (shift + 8) == prefix", " || true"),
-    Bug("selection: one rank too low", "block.cuh", "const auto wanted = static_cast<uint64_t>(need);", "const auto wanted = static_cast<uint64_t>(need) + 1;"),
+    Bug("selection: one rank too high", "block.cuh", "const auto wanted = static_cast<uint64_t>(need);", "const auto wanted = static_cast<uint64_t>(need) - 1;"),
     Bug("selection: one tie too few", "block.cuh", "need -= static_cast<int64_t>(shared.before);", "need -= static_cast<int64_t>(shared.before) + (shift == 0);"),
     Bug("compaction: tie limit ignored", "block.cuh", "(verdict[i] == Verdict::tied && my_tied < need)", "verdict[i] == Verdict::tied"),
     Bug("compaction: tail not guarded", "block.cuh", "if (first + i < count) {\n        id[i]", "if (first + i <= count) {\n        id[i]"),
@@ -76,12 +76,12 @@ BUGS = (
     Bug("bound: fetch overwrites a chunk in use", "bound.cuh", "fetch(step + kPipeline - 1);", "fetch(step + kPipeline);"),
     Bug("bound: sums not cleared between tiles", "bound.cuh", "            sums[m][n][half * 2 + i] = 0;\n", ""),
     Bug("bound: squares of l2 left out", "bound.cuh", "value -= ops::load(packed.squares + key + i) * square[row];", "value -= 0 * square[row];"),
-    Bug("bound: swizzle differs between writing and reading", "bound.cuh", "const int row = piece / 4, d = piece % 4 * 8;", "const int row = piece / 4, d = (piece % 4 ^ 1) * 8;"),
+    Bug("bound: swizzle differs between writing and reading", "bound.cuh", "to + swizzled(kBoundKeys, row, d), packed", "to + swizzled(kBoundKeys, row, d ^ 8), packed"),
     Bug("band: half as wide", "cascade_bounded.cuh", "- 2 * shared.slack;\n  const int high", "- shared.slack / 2;\n  const int high"),
     Bug("band: upper edge too low", "cascade_bounded.cuh", "const int high = static_cast<int>(middle.prefix) + 2 * shared.slack;", "const int high = static_cast<int>(middle.prefix);"),
     Bug("band: held beyond its capacity", "cascade_bounded.cuh", "const bool held = band <= kBand;", "const bool held = true;"),
     Bug("band: min taken for max", "cascade_bounded.cuh", "value = (stage.fusion == Fusion::min) == (part < value) ? part : value;", "value = (stage.fusion == Fusion::max) == (part < value) ? part : value;"),
-    Bug("stage: no barrier after its description", "cascade_bounded.cuh", "    shared.slack = static_cast<int>(slack < kAll ? slack : kAll) + 1;\n  }\n  __syncthreads();", "    shared.slack = static_cast<int>(slack < kAll ? slack : kAll) + 1;\n  }"),
+    Bug("stage: no barrier after its description", "cascade_bounded.cuh", "    __syncthreads();\n    const int64_t left =", "    const int64_t left ="),
     Bug("splits: ids not offset", "cascade_bounded.cuh", "shared.block, static_cast<uint32_t>(first));", "shared.block);"),
     Bug("splits: threshold without slack", "cascade_bounded.cuh", "const int low = static_cast<int>(least.prefix) - 2 * shared.slack;", "const int low = static_cast<int>(least.prefix) + 1;"),
     Bug("splits: last one dropped", "cascade_bounded.cuh", "split < splits; ++split", "split + 1 < splits; ++split"),
@@ -95,7 +95,7 @@ BUGS = (
     Bug("loss: keys past the last summed", "contrast.cuh", "key0 + key < p.keys.rows ? 0 : kAllLanes", "0"),
     Bug("loss: columns past the last multiplied", "contrast.cuh", "row < side.rows && d0 + d < side.columns", "row < side.rows"),
     Bug("loss: a run misses its last tile", "contrast.cuh", "last_tile = tiles * (blockIdx.y + 1) / gridDim.y;", "last_tile = tiles * (blockIdx.y + 1) / gridDim.y - (blockIdx.y > 0);"),
-    Bug("loss: runs merged without their tops", "contrast.cuh", "query) * exp(other - top);", "query);"),
+    Bug("loss: runs merged without their tops", "contrast.cuh", "query) * exp(other - top);", "query) * exp(0 * (other - top));"),
     Bug("loss: sums not shrunk to a new top", "contrast.cuh", "sum[i] * shrink +", "sum[i] +"),
     Bug("loss: directions not shrunk to a new top", "contrast.cuh", "ops::load(at) * shared.shrink[first + i]", "ops::load(at)"),
     Bug("loss: a run's first direction added to what was there", "contrast.cuh", "fresh ? sums[i] :", "false ? sums[i] :"),
@@ -171,8 +171,10 @@ def verdict(bug: Bug) -> str:
                 os._exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-m", "not full", *paths]))
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         lines = log.read_text().splitlines()
-    if status == 0 or any(": error:" in line for line in lines):  # what does not compile shows nothing
+    if status == 0:
         return ""
+    if any(": error:" in line for line in lines):
+        raise SystemExit(f"{bug.name}: does not compile")
     if status < 0:
         return f"crash, signal {-status}"
     failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
