@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import emulated
 import numpy as np
@@ -15,6 +16,7 @@ from inputs import DTYPES, FAMILIES
 
 import cascade_engine as ce
 from cascade_engine.errors import BackendUnavailable, InvalidInput
+from cascade_engine.kernels import cuda
 
 SCHEDULES = {"forward": 0, "reversed": 1, "random": 7}
 PLANS = (
@@ -229,6 +231,25 @@ def test_emulated_queue_packs_only_what_a_push_brought(native, metric):
         wraps = step in (2, 4)  # runs of slots that pass the end of the ring
         packing = (1 if metric == "cosine" else 2) if step == 0 else 1 + wraps
         assert emulated.counters(native)["launches"] == 2 + packing
+
+
+@pytest.mark.parametrize(("bounds", "blocks"), [(True, 1), (False, 2)])
+def test_emulated_waves_take_every_query_once(native, bounds, blocks):
+    emulated.schedule(native, 3)
+    rng = np.random.default_rng(0)
+    plan, keys = ce.CascadePlan.parse("a:3"), rng.standard_normal((40, 8)).astype(np.float32)
+    queries = rng.standard_normal((5, 8)).astype(np.float32)
+    sizes, run = [], cuda._run
+    with patch.object(cuda, "_run", lambda problem, device: (sizes.append(problem.workspace()), run(problem, device))):
+        emulated.mine(native, plan, {"a": queries[:1]}, {"a": keys}, bounds=bounds)
+    bank = ce.Bank({"a": emulated.tensor(keys)})
+    emulated.mine_bank(native, plan, {"a": queries}, bank, bounds=bounds)  # prepares the bank
+    emulated.reset_counters(native)
+    found = emulated.mine_bank(native, plan, {"a": queries}, bank, bounds=bounds, workspace_limit=2 * sizes[0])
+    counted = emulated.counters(native)
+    assert (counted["launches"], counted["blocks"]) == (3 * 2, 3 * blocks + 5)  # two, two and one query
+    want = ce.mine(plan, {"a": queries}, ce.Bank({"a": keys}), backend="reference")
+    np.testing.assert_array_equal(found.index, want.index)
 
 
 @pytest.mark.parametrize(("split_keys", "launches"), [(1 << 15, 2), (50, 3)])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import emulated
 import numpy as np
 import pytest
@@ -150,3 +152,27 @@ def test_emulated_training_step_takes_four_launches(native, monkeypatch):
     assert launches[1:] == [4, 4, 4]
     assert ranges[0] == ["pack"] * 4 + ranges[1]
     assert ranges[1] == ["score", "select", "contrast", "push"]
+
+
+def test_emulated_push_sums_lengths_in_the_contracts_order(native):
+    """1 / length lies so near a tie of float32 that the order decides: a sum that holds 1 loses every 2^-54."""
+    emulated.schedule(native, 1)
+    row = torch.zeros(1, 1608)
+    row[0, ::8], row[0, 0], row[0, 1] = 2.0**-27, 1, 2.0**-12
+    mine, plain = (ce.KeyQueue(1, {"x": 1608}, device="cpu", normalise=True) for _ in range(2))
+    emulated.push(native, mine, {"x": row}, [0])
+    plain.push({"x": row}, [0])
+    assert_same(mine, plain)
+    length = math.sqrt(math.fsum(value * value for value in row[0].tolist()))
+    assert mine.bank().keys["x"][0, 0] == 1 != np.float32(1 / length)
+
+
+def test_emulated_push_divides_by_lengths(native):
+    """Pairs, found by continued fractions, whose quotient by their length a product with its reciprocal misses."""
+    emulated.schedule(native, 1)
+    pairs = [(11304017, 13340865), (8579757, 13402922), (14302471, 2419024), (11706231, 3037949)]
+    mine = ce.KeyQueue(4, {"x": 2}, device="cpu", normalise=True)
+    emulated.push(native, mine, {"x": torch.tensor(pairs, dtype=torch.float32)}, range(4))
+    for got, (x, y) in zip(mine.bank().keys["x"].tolist(), pairs, strict=True):
+        length = math.sqrt(x * x + y * y)
+        assert got[0] == float(np.float32(x / length)) != float(np.float32(x * (1 / length)))
