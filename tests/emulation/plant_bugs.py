@@ -20,7 +20,11 @@ import torch  # noqa: F401  (once, for all children)
 
 ROOT = Path(__file__).parents[2]
 MODULES = ("bounds", "push", "emulation", "contrast")  # of tests, all of which every bug meets
-FIRST = {"contrast.cuh": ("contrast",), "push.cuh": ("push",)}  # where a file's bugs are looked for first
+FIRST = {
+    "contrast.cuh": ("contrast",),
+    "contrast_members.cuh": ("contrast",),
+    "push.cuh": ("push",),
+}  # where a file's bugs are looked for first
 DOES_NOT_COMPILE = "DOES NOT COMPILE"  # which shows nothing
 
 
@@ -113,19 +117,19 @@ BUGS = (
     Bug("loss: members' mass not their share of P", "contrast.cuh", "-exp(score - in) * share", "-exp(score - all) * share"),
     Bug("loss: mean over members alone", "contrast.cuh", "(inside.total + (kept ? own : 0)) / size", "inside.total / size"),
     Bug("loss: last tile of queries forgotten", "planning.hpp", "query_tiles = ceil_div(p.queries.rows, kNceQueries)", "query_tiles = std::max<int64_t>(p.queries.rows / kNceQueries, 1)"),
-    Bug("loss: mark of the next query", "contrast.cuh", "1u << (at / p.width)", "1u << ((at / p.width) ^ 1)"),
-    Bug("loss: members summed with the rest", "contrast.cuh", "if (key >= 0 && key < kNceKeys) {", "if (key >= 0 && key < 0) {"),
-    Bug("loss: members that are a tile's first key missed", "contrast.cuh", "if (key >= 0 && key < kNceKeys) {", "if (key > 0 && key < kNceKeys) {"),
-    Bug("loss: members past the first warpful missed", "contrast.cuh", "for (int64_t first = 0; first < p.width; first += 32)", "for (int64_t first = 0; first < 32 && first < p.width; first += 32)"),
-    Bug("loss: members of the first query", "contrast.cuh", "ops::load(p.members + query * p.width + first + lane)", "ops::load(p.members + first + lane)"),
-    Bug("loss: siblings summed with the rest", "contrast.cuh", "    atomicOr(shared.skip + key, 1u << query);\n", ""),
-    Bug("loss: sibling of the next query", "contrast.cuh", "shared.skip + key, 1u << query);", "shared.skip + key, 1u << (query ^ 1));"),
-    Bug("loss: siblings of every other query", "contrast.cuh", "query += kThreadsPerKey) {", "query += 2 * kThreadsPerKey) {"),
-    Bug("loss: ignored siblings are members", "contrast.cuh", "if (!knows_siblings(p) || p.siblings != Siblings::positive) {", "if (!knows_siblings(p)) {"),
-    Bug("loss: list of siblings outgrown", "contrast.cuh", "if (count <= kNceSiblings) {", "if (count <= 2 * kNceSiblings) {"),
-    Bug("loss: list of siblings written past its end", "contrast.cuh", "if (place < kNceSiblings) {", "if (place < 4 * kNceSiblings) {"),
-    Bug("loss: siblings in the order in which they were found", "contrast.cuh", "      visit(next);\n", "      visit(__shfl_sync(kAllLanes, mine, static_cast<int>(n)));\n"),
-    Bug("loss: last sibling missed", "contrast.cuh", "for (int64_t n = 0; n < count; ++n) {", "for (int64_t n = 0; n + 1 < count; ++n) {"),
+    Bug("loss: mark of the next query", "contrast_members.cuh", "1u << (at / p.width)", "1u << ((at / p.width) ^ 1)"),
+    Bug("loss: members summed with the rest", "contrast_members.cuh", "if (key >= 0 && key < kNceKeys) {", "if (key >= 0 && key < 0) {"),
+    Bug("loss: members that are a tile's first key missed", "contrast_members.cuh", "if (key >= 0 && key < kNceKeys) {", "if (key > 0 && key < kNceKeys) {"),
+    Bug("loss: members past the first warpful missed", "contrast_members.cuh", "for (int64_t first = 0; first < p.width; first += 32)", "for (int64_t first = 0; first < 32 && first < p.width; first += 32)"),
+    Bug("loss: members of the first query", "contrast_members.cuh", "ops::load(p.members + query * p.width + first + lane)", "ops::load(p.members + first + lane)"),
+    Bug("loss: siblings summed with the rest", "contrast_members.cuh", "    atomicOr(shared.skip + key, 1u << query);\n", ""),
+    Bug("loss: sibling of the next query", "contrast_members.cuh", "shared.skip + key, 1u << query);", "shared.skip + key, 1u << (query ^ 1));"),
+    Bug("loss: siblings of every other query", "contrast_members.cuh", "query += kThreadsPerKey) {", "query += 2 * kThreadsPerKey) {"),
+    Bug("loss: ignored siblings are members", "contrast_members.cuh", "if (!knows_siblings(p) || p.siblings != Siblings::positive) {", "if (!knows_siblings(p)) {"),
+    Bug("loss: list of siblings outgrown", "contrast_members.cuh", "if (count <= kNceSiblings) {", "if (count <= 2 * kNceSiblings) {"),
+    Bug("loss: list of siblings written past its end", "contrast_members.cuh", "if (place < kNceSiblings) {", "if (place < 4 * kNceSiblings) {"),
+    Bug("loss: siblings in the order in which they were found", "contrast_members.cuh", "      visit(next);\n", "      visit(__shfl_sync(kAllLanes, mine, static_cast<int>(n)));\n"),
+    Bug("loss: last sibling missed", "contrast_members.cuh", "for (int64_t n = 0; n < count; ++n) {", "for (int64_t n = 0; n + 1 < count; ++n) {"),
     Bug("loss: arrivals and siblings not cleared", "planning.hpp", "  launcher.clear(space.counts, static_cast<size_t>(query_tiles + space.rows) * sizeof(uint32_t));\n", ""),
     Bug("loss: only arrivals cleared", "planning.hpp", "static_cast<size_t>(query_tiles + space.rows) * sizeof(uint32_t)", "static_cast<size_t>(query_tiles) * sizeof(uint32_t)"),
     Bug("loss: everybody said to count", "contrast.cuh", "ops::store(p.counted + query, counted);", "ops::store(p.counted + query, true);"),
