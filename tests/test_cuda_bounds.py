@@ -28,7 +28,7 @@ def workspace_of(native, queries: np.ndarray, keys: np.ndarray, metric: str, **o
         problem.run(space.data_ptr(), 0)
         spaces.append(space.numpy())
 
-    with patch.object(cuda, "_run", run):
+    with patch.object(cuda, "run", run):
         emulated.mine(native, ce.CascadePlan.parse("a:1"), {"a": queries}, {"a": keys}, metric=metric, **options)
     return spaces[0]
 

@@ -239,8 +239,8 @@ def test_emulated_waves_take_every_query_once(native, bounds, blocks):
     rng = np.random.default_rng(0)
     plan, keys = ce.CascadePlan.parse("a:3"), rng.standard_normal((40, 8)).astype(np.float32)
     queries = rng.standard_normal((5, 8)).astype(np.float32)
-    sizes, run = [], cuda._run
-    with patch.object(cuda, "_run", lambda problem, device: (sizes.append(problem.workspace()), run(problem, device))):
+    sizes, run = [], cuda.run
+    with patch.object(cuda, "run", lambda problem, device: (sizes.append(problem.workspace()), run(problem, device))):
         emulated.mine(native, plan, {"a": queries[:1]}, {"a": keys}, bounds=bounds)
     bank = ce.Bank({"a": emulated.tensor(keys)})
     emulated.mine_bank(native, plan, {"a": queries}, bank, bounds=bounds)  # prepares the bank

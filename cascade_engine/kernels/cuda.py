@@ -6,27 +6,35 @@ graph.
 
 from __future__ import annotations
 
-from contextlib import contextmanager, nullcontext
 from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from cascade_engine.bank import METRICS, Bank
-from cascade_engine.errors import BackendUnavailable, CudaError, InvalidInput
+from cascade_engine.errors import BackendUnavailable, InvalidInput
 from cascade_engine.kernels import MineRequest, Selection, SelectRequest
+from cascade_engine.kernels.cuda_tensors import (
+    Answer,
+    Packed,
+    address,
+    contiguous_rows,
+    cuda_errors,
+    describe,
+    on_device,
+    run,
+    stream_of,
+)
 from cascade_engine.plan import FUSIONS, CascadePlan
 from cascade_engine.tensor import FEATURE_DTYPES, dtype_name
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
-    from contextlib import AbstractContextManager
+    from collections.abc import Mapping, Sequence
 
     from cascade_engine.bank import Metric, Prepared
 
 WORKSPACE_LIMIT = 1 << 30  # bytes; queries go in waves where one launch would need more
 BLOCKS = 528  # of a launch over tiles of keys: four on each SM of an H100
 SPLIT_KEYS = 1 << 15  # larger banks than two such splits are preselected split by split
-_DTYPES = ("float32", "float16", "bfloat16", "float64")
 
 
 def unavailable() -> str | None:
@@ -97,10 +105,10 @@ class Engine:
             if dtype_name(request.queries[view]) not in FEATURE_DTYPES:
                 got = dtype_name(request.queries[view])
                 raise InvalidInput(f'queries["{view}"]: expected float32, float16 or bfloat16, got {got}')
-        queries = [_rows(request.queries[view]) for view in views]
-        keys = [_rows(bank.keys[view]) for view in views]
+        queries = [contiguous_rows(request.queries[view]) for view in views]
+        keys = [contiguous_rows(bank.keys[view]) for view in views]
         stages = self._stages(request.plan, request.counts)
-        out = _Answer(queries[0], request.counts, trace=request.trace)
+        out = Answer(queries[0], request.counts, trace=request.trace)
         needs_all_scores = request.trace or any(s.score.fusion in ("zsum", "rrf") for s in request.plan.stages)
         by_bounds = self.bounds and not needs_all_scores
         video = request.exclude.video_id
@@ -111,37 +119,37 @@ class Engine:
             return out.selection()
         problem = self.native.Mine(
             stages=stages,
-            queries=[_describe(each) for each in queries],
-            keys=[_describe(each) for each in keys],
+            queries=[describe(each) for each in queries],
+            keys=[describe(each) for each in keys],
             packed=[self._packed(bank, view).addresses() if by_bounds else (0, 0, 0) for view in views],
             metric=METRICS.index(bank.metric),
-            key_video=_address(key_video),
-            query_video=_address(query_video),
-            mask=_address(mask),
+            key_video=address(key_video),
+            query_video=address(query_video),
+            mask=address(mask),
             **out.addresses(),
             workspace_limit=self.workspace_limit,
             split_keys=self.split_keys,
             blocks=self.blocks,
         )
-        _run(problem, queries[0].device)
+        run(problem, queries[0].device)
         return out.selection()
 
     def select(self, request: SelectRequest) -> Selection:
         """Select from given similarities; raises as `mine` does."""
-        scores = [_rows(request.similarities[view]) for view in request.plan.views]
+        scores = [contiguous_rows(request.similarities[view]) for view in request.plan.views]
         stages = self._stages(request.plan, request.counts)
-        out = _Answer(scores[0], request.counts, trace=request.trace)
+        out = Answer(scores[0], request.counts, trace=request.trace)
         mask = None if request.exclude.mask is None else request.exclude.mask.contiguous()
         if out.empty:
             return out.selection()
         problem = self.native.Select(
             stages=stages,
-            scores=[_describe(each) for each in scores],
-            mask=_address(mask),
+            scores=[describe(each) for each in scores],
+            mask=address(mask),
             **out.addresses(),
             workspace_limit=self.workspace_limit,
         )
-        _run(problem, scores[0].device)
+        run(problem, scores[0].device)
         return out.selection()
 
     def push(
@@ -174,24 +182,24 @@ class Engine:
         views = list(keys)
         packed = {view: prepared.made(_purpose(view)) for view in views}
         device = keys[views[0]][1].device
-        batches = {view: _rows(batch) for view, (batch, _) in keys.items()}
+        batches = {view: contiguous_rows(batch) for view, (batch, _) in keys.items()}
         given = [(None if batch is None else batch.contiguous(), ring) for batch, ring in columns]
-        with _on(device), _cuda_errors():
+        with on_device(device), cuda_errors():
             for start in range(0, len(views), self.native.MAX_VIEWS):
                 self.native.push(
                     views=[
                         (
-                            _describe(batches[view]),
-                            _describe(keys[view][1]),
+                            describe(batches[view]),
+                            describe(keys[view][1]),
                             (0, 0, 0) if packed[view] is None else packed[view].addresses(),
                         )
                         for view in views[start : start + self.native.MAX_VIEWS]
                     ],
-                    columns=[] if start else [(_address(batch), _address(ring)) for batch, ring in given],
+                    columns=[] if start else [(address(batch), address(ring)) for batch, ring in given],
                     metric=METRICS.index(metric),
                     cursor=cursor,
                     normalise=normalise,
-                    stream=_stream(device),
+                    stream=stream_of(device),
                 )
         return [_purpose(view) for view in views if packed[view] is not None]
 
@@ -238,35 +246,35 @@ class Engine:
         if differentiate:
             to_own = torch.empty_like(own, memory_format=torch.contiguous_format)
         if len(query):
-            query, keys = _rows(query), _rows(keys)
+            query, keys = contiguous_rows(query), contiguous_rows(keys)
             own, drop, member = own.contiguous(), drop.contiguous(), member.contiguous()
             ids = [each.contiguous() if len(query_video) else None for each in (query_video, key_video)]
             problem = self.native.Contrast(
-                queries=_describe(query),
-                keys=_describe(keys),
-                own=_address(own),
-                members=_address(member),
+                queries=describe(query),
+                keys=describe(keys),
+                own=address(own),
+                members=address(member),
                 width=member.shape[1],
-                query_video=_address(ids[0]),
-                key_video=_address(ids[1]),
+                query_video=address(ids[0]),
+                key_video=address(ids[1]),
                 siblings=siblings,
-                drop=_address(drop),
+                drop=address(drop),
                 temperature=temperature,
                 own_positive=own_positive,
                 mean_log=mean_log,
-                loss=_address(loss),
-                counted=_address(counted),
-                to_query=_address(to_query) if differentiate else 0,
-                to_own=_address(to_own) if differentiate else 0,
+                loss=address(loss),
+                counted=address(counted),
+                to_query=address(to_query) if differentiate else 0,
+                to_own=address(to_own) if differentiate else 0,
                 blocks=self.blocks,
             )
-            _run(problem, query.device)
+            run(problem, query.device)
         return loss, to_query if differentiate else query.new_empty(0), to_own, counted
 
     def _packed(self, bank: Bank, view: str) -> Packed:
         """The view's keys as halves, made at the bank's first search."""
         metric = METRICS.index(bank.metric)
-        return bank.prepared(_purpose(view), lambda: Packed(self.native, _rows(bank.keys[view]), metric))
+        return bank.prepared(_purpose(view), lambda: Packed(self.native, contiguous_rows(bank.keys[view]), metric))
 
     def _stages(self, plan: CascadePlan, counts: Sequence[int]) -> list[tuple[list[int], int, int, bool]]:
         most_views, most_stages = self.native.MAX_VIEWS, self.native.MAX_STAGES
@@ -286,116 +294,6 @@ class Engine:
         ]
 
 
-class Packed:
-    """A view's keys as the tensor cores take them: halves, and what rounding took away."""
-
-    def __init__(self, native: Any, keys: Any, metric: int) -> None:
-        import torch
-
-        rows, columns = keys.shape
-        device = keys.device
-        self.native, self.keys, self.metric = native, keys, metric
-        self.halves = torch.empty((rows, native.packed_pitch(columns)), dtype=torch.float16, device=device)
-        self.squares = torch.empty(rows, dtype=torch.float32, device=device)
-        self.range = torch.zeros(native.PACKED_RANGE_BYTES, dtype=torch.uint8, device=device)
-        self._pack(0, rows, measure=True)
-
-    def update(self, first: int, count: int) -> None:
-        """Pack rows that a key queue has overwritten; the scale stays, and longer rows only widen the bounds."""
-        self._pack(first, count, measure=False)
-
-    def _pack(self, first: int, rows: int, *, measure: bool) -> None:
-        with _on(self.keys.device), _cuda_errors():
-            self.native.pack(
-                keys=_describe(self.keys),
-                packed=self.addresses(),
-                metric=self.metric,
-                first=first,
-                rows=rows,
-                measure=measure,
-                stream=_stream(self.keys.device),
-            )
-
-    def addresses(self) -> tuple[int, int, int]:
-        """Where the native module finds it."""
-        return _address(self.halves), _address(self.squares), _address(self.range)
-
-
-class _Answer:
-    """The tensors an answer is written to."""
-
-    def __init__(self, template: Any, counts: Sequence[int], *, trace: bool) -> None:
-        import torch
-
-        rows, device = len(template), template.device
-        self.empty = rows == 0 or counts[-1] == 0
-        self.index = torch.empty((rows, counts[-1]), dtype=torch.int64, device=device)
-        self.similarity = torch.empty((rows, counts[-1]), dtype=torch.float32, device=device)
-        sizes = counts if trace else ()
-        self.kept = tuple(torch.empty((rows, count), dtype=torch.int64, device=device) for count in sizes)
-        self.traced = trace
-
-    def addresses(self) -> dict[str, Any]:
-        return {
-            "index": _address(self.index),
-            "similarity": _address(self.similarity),
-            "kept": [_address(each) for each in self.kept],
-        }
-
-    def selection(self) -> Selection:
-        return Selection(index=self.index, similarity=self.similarity, kept=self.kept if self.traced else None)
-
-
-def _run(problem: Any, device: Any) -> None:
-    """Queue a problem's kernels on torch's current stream, with workspace from torch's allocator."""
-    import torch
-
-    with _on(device):
-        workspace = torch.empty(problem.workspace(), dtype=torch.uint8, device=device)
-        with _cuda_errors():
-            problem.run(_address(workspace), _stream(device))
-
-
-@contextmanager
-def _cuda_errors() -> Iterator[None]:
-    """Failed launches as what the package raises."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise CudaError(str(error)) from None
-
-
 def _purpose(view: str) -> tuple[str, str]:
     """What a view's packed keys are kept for on their bank."""
     return "cuda", view
-
-
-def _stream(device: Any) -> int:
-    """The address of torch's current stream."""
-    if device.type != "cuda":
-        return 0
-    import torch
-
-    return int(torch.cuda.current_stream(device).cuda_stream)
-
-
-def _on(device: Any) -> AbstractContextManager[Any]:
-    if device.type != "cuda":
-        return nullcontext()
-    import torch
-
-    return torch.cuda.device(device)
-
-
-def _rows(matrix: Any) -> Any:
-    """The matrix with contiguous rows."""
-    return matrix if matrix.shape[1] <= 1 or matrix.stride(1) == 1 else matrix.contiguous()
-
-
-def _describe(matrix: Any) -> tuple[int, int, int, int, int]:
-    rows, columns = matrix.shape
-    return matrix.data_ptr(), rows, columns, matrix.stride(0), _DTYPES.index(dtype_name(matrix))
-
-
-def _address(tensor: Any) -> int:
-    return 0 if tensor is None else int(tensor.data_ptr())
