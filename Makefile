@@ -16,7 +16,7 @@ test: install  ## What CI runs: fast checks of everything
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not full" -n $(WORKERS) $(PYTEST_ARGS)
 
 test-full: install  ## Everything, long kill loops, sanitizers and all architectures included
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --cov --cov-report=term:skip-covered $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --timeout 1800 --cov --cov-report=term:skip-covered $(PYTEST_ARGS)
 
 lint: $(VENV)/ready  ## Style, types, import directions
 	$(BIN)/ruff check .

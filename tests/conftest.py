@@ -1,4 +1,4 @@
-"""What every run says at its end: which instruction sets the kernels' tests really ran on."""
+"""No test fails for being slow; every run says at its end on which instruction sets the kernels really ran."""
 
 from __future__ import annotations
 
@@ -6,8 +6,12 @@ import re
 from collections import Counter
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 ISA = re.compile(r"(?<![a-z0-9])(avx512|avx2|neon|portable)(?![a-z0-9])")
+
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

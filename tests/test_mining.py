@@ -36,7 +36,7 @@ def same(a, b):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @given(problems, st.integers(1, 12))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_the_laws_of_stages(backend, drawn, k):
     bank, queries, ids = drawn
 
@@ -59,7 +59,7 @@ def test_the_laws_of_stages(backend, drawn, k):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @given(problems, st.sampled_from(["rgb:7", "flow:50%,rgb:25%,flow:5", "flow:12,rgb:12@bank", "rrf(flow,rgb):9,rgb:4"]))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_what_is_found_is_eligible_distinct_ordered_and_padded(backend, drawn, text):
     bank, queries, ids = drawn
     plan = parse(text)
@@ -87,7 +87,7 @@ def test_what_is_found_is_eligible_distinct_ordered_and_padded(backend, drawn, t
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @given(problems)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_select_of_the_contracts_scores_is_mine(backend, drawn):
     from cascade_engine.kernels.reference import similarity
 

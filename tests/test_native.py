@@ -75,6 +75,7 @@ def test_no_instruction_set_of_this_machine_is_skipped():
 
 
 @needs_compiler
+@pytest.mark.timeout(900)
 def test_kernels_under_address_and_undefined_behaviour_sanitizers(tmp_path):
     skip = ("isa_neon",) if X86 else ("isa_avx2", "isa_avx512")
     binary = build(tmp_path, "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", skip=skip)

@@ -117,7 +117,7 @@ class QueueMachine(RuleBasedStateMachine):
                 assert number_of(bank.keys["rgb"]) == [taken[slot] for slot in range(len(taken))]
 
 
-QueueMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=25, deadline=None)
+QueueMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=25)
 TestQueue = QueueMachine.TestCase
 
 

@@ -25,8 +25,10 @@ def unavailable() -> str | None:
     """Why it cannot run here: the extension was not built or does not load."""
     try:
         _extension()
+    except ModuleNotFoundError:
+        return "the extension cascade_engine._cpu was not built: installing it takes a C++20 compiler"
     except ImportError as error:
-        return f"the extension cascade_engine._cpu was not built or does not load: {error}"
+        return f"the extension cascade_engine._cpu does not load: {error}"
     return None
 
 
