@@ -140,3 +140,23 @@ def test_emulated_loss_has_the_same_bits_whatever_the_order_of_threads(native, o
         )
     for again in found_here[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found_here[0], again, strict=True))
+
+
+@pytest.mark.parametrize("siblings", SIBLINGS)
+def test_emulated_loss_is_a_mean_over_those_that_have_a_positive(native, on_emulation, siblings):
+    emulated.schedule(native, 5)
+    query, key, keys, index, own, other = problem(7, 90, 9, 2, seed=4)
+    index[::2], own[:4] = -1, 77  # of four without a mined positive, two have no siblings either
+    bank = ce.Bank({"rgb": keys}, video_id=other)
+
+    def mine(q, x):
+        return ce.multi_positive_nce(
+            q, x, bank, found(index), query_video_id=own, self_positive="never", siblings=siblings
+        )
+
+    def want(q, x):
+        return dense(q, x, keys.double(), index, never=True, own_video=(own, other), siblings=siblings)
+
+    expected = gradients(want, query, key)
+    for got, right in zip(gradients(mine, query.float(), key.float()), expected, strict=True):
+        torch.testing.assert_close(got.double(), right, rtol=2e-5, atol=2e-6)

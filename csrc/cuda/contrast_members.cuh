@@ -102,9 +102,10 @@ __device__ void each_member(const NceProblem& p, const NceSpace& space, int64_t 
       }
     }
   }
-  if (!knows_siblings(p) || p.siblings != Siblings::positive) {
+  if (!knows_siblings(p)) {
     return;
   }
+  // None were counted where they are no members.
   const auto count = static_cast<int64_t>(ops::load_shared_by_blocks(space.counts + gridDim.x + query));
   if (count <= kNceSiblings) {
     const int64_t mine =

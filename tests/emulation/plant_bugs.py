@@ -125,7 +125,7 @@ BUGS = (
     Bug("loss: siblings summed with the rest", "contrast_members.cuh", "    atomicOr(shared.skip + key, 1u << query);\n", ""),
     Bug("loss: sibling of the next query", "contrast_members.cuh", "shared.skip + key, 1u << query);", "shared.skip + key, 1u << (query ^ 1));"),
     Bug("loss: siblings of every other query", "contrast_members.cuh", "query += kThreadsPerKey) {", "query += 2 * kThreadsPerKey) {"),
-    Bug("loss: ignored siblings are members", "contrast_members.cuh", "if (!knows_siblings(p) || p.siblings != Siblings::positive) {", "if (!knows_siblings(p)) {"),
+    Bug("loss: ignored siblings are members", "contrast_members.cuh", "if (p.siblings == Siblings::positive) {", "if (p.siblings != Siblings::negative) {"),
     Bug("loss: list of siblings outgrown", "contrast_members.cuh", "if (count <= kNceSiblings) {", "if (count <= 2 * kNceSiblings) {"),
     Bug("loss: list of siblings written past its end", "contrast_members.cuh", "if (place < kNceSiblings) {", "if (place < 4 * kNceSiblings) {"),
     Bug("loss: siblings in the order in which they were found", "contrast_members.cuh", "      visit(next);\n", "      visit(__shfl_sync(kAllLanes, mine, static_cast<int>(n)));\n"),
