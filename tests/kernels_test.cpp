@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "bounds_test.hpp"
 #include "cpu/backend.hpp"
 #include "cpu/contrast.hpp"
 #include "cpu/threshold.hpp"
@@ -77,7 +78,11 @@ std::vector<int64_t> expected(const Problem& p, int64_t q) {
   return alive;
 }
 
-// Families that are easy, tied, skewed, off centre, of wild lengths, denormal, constant.
+constexpr int families = 12;
+constexpr int first_for_8_bits = 7;  // the first stages of these families take the 8-bit stream
+
+// Families that are easy, tied, skewed, off centre, of wild lengths, denormal, constant, of all but equal rows, of
+// products that floats do not hold, of few large values among small ones, of signs, wide.
 float value(int family, std::mt19937& rng, int64_t row, int64_t d) {
   std::normal_distribution<float> normal;
   switch (family) {
@@ -93,6 +98,14 @@ float value(int family, std::mt19937& rng, int64_t row, int64_t d) {
       return row % 3 == 0 ? 0.0f : 1e-42f * static_cast<float>(1 + row % 5);
     case 6:
       return 0.25f;
+    case 7:
+      return static_cast<float>(d % 7) - 2.5f + 1e-6f * static_cast<float>(rng() % 8);
+    case 8:
+      return normal(rng) * (row % 2 == 0 ? 2e19f : 3e17f);
+    case 9:
+      return rng() % 16 == 0 ? 100.0f : normal(rng);
+    case 10:
+      return rng() % 2 == 0 ? 1.0f : -1 + 1e-3f * normal(rng);
     default:
       return normal(rng);
   }
@@ -100,11 +113,12 @@ float value(int family, std::mt19937& rng, int64_t row, int64_t d) {
 
 Problem make(std::mt19937& rng, int family) {
   Problem p;
-  p.keys = std::vector<int64_t>{600, 1023, 2048, 4500}[rng() % 4];
+  const bool wide = family == 11;
+  p.keys = wide ? 700 : std::vector<int64_t>{600, 1023, 2048, 4500}[rng() % 4];
   p.batch = 17 + rng() % 9;
-  p.metric = static_cast<Metric>(rng() % 3);
+  p.metric = family == 7 ? Metric::inner_product : static_cast<Metric>(rng() % 3);
   for (int view = 0; view < 2; ++view) {
-    const int64_t n = std::vector<int64_t>{1, 3, 16, 37, 64}[rng() % 5];
+    const int64_t n = wide && view == 0 ? 1100 : std::vector<int64_t>{1, 3, 16, 37, 64}[rng() % 5];
     p.dims.push_back(n);
     p.key.emplace_back(p.keys * n);
     p.query.emplace_back(p.batch * n);
@@ -116,12 +130,13 @@ Problem make(std::mt19937& rng, int family) {
   const int stages = 1 + static_cast<int>(rng() % 4);
   int64_t keep = p.keys;
   for (int s = 0; s < stages; ++s) {
-    const int kind = static_cast<int>(rng() % 6);
+    const bool streamed = s == 0 && family >= first_for_8_bits;
+    const int kind = static_cast<int>(rng() % (family == 7 ? 3 : streamed ? 4 : 6));
     p.stage_views.push_back(kind < 3 ? std::vector<int32_t>{static_cast<int32_t>(rng() % 2)}
                                      : std::vector<int32_t>{1, 0});
-    keep = std::max<int64_t>(1, rng() % 3 == 0 ? keep / 40 : keep / 2);
+    keep = std::max<int64_t>(1, streamed || rng() % 3 == 0 ? keep / 40 : keep / 2);
     const Fusion fusion = kind < 3 ? Fusion::none : kind == 3 ? Fusion::sum : kind == 4 ? Fusion::min : Fusion::max;
-    p.stages.push_back({{}, fusion, keep, rng() % 6 == 0});
+    p.stages.push_back({{}, fusion, keep, !streamed && rng() % 6 == 0});
   }
   for (size_t s = 0; s < p.stages.size(); ++s) p.stages[s].views = p.stage_views[s];
   return p;
@@ -248,7 +263,7 @@ int main(int count, char** words) {
     }
     int problems = 0;
     for (int round = 0; round < rounds; ++round)
-      for (int family = 0; family < 7; ++family, ++problems) {
+      for (int family = 0; family < families; ++family, ++problems) {
         std::mt19937 rng(static_cast<unsigned>(1000 * round + family));
         Problem p = make(rng, family);
         cpu::Bank bank(matrices(p, p.key, p.keys), p.key_video.data(), p.metric, isa.kernels());
@@ -264,7 +279,12 @@ int main(int count, char** words) {
       }
     std::mt19937 rng(7);
     for (int round = 0; round < 4 * rounds; ++round) failures += !contrasts_right(isa, rng);
-    for (int round = 0; round < 500 * rounds; ++round) failures += !thresholds_right(isa, rng);
+    for (int round = 0; round < 500 * rounds; ++round) {
+      failures += !thresholds_right(isa, rng);
+      failures += !bounds_test::tiles_right(isa, rng);
+      failures += !bounds_test::float_products_right(isa, rng);
+      failures += !bounds_test::brackets_right(isa, rng);
+    }
     std::printf("%s: %d problems\n", isa.name, problems);
   }
   std::printf(failures == 0 ? "all equal\n" : "%d failures\n", failures);

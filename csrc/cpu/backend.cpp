@@ -1,6 +1,7 @@
 #include "cpu/backend.hpp"
 
 #include <algorithm>
+#include <limits>
 #include <numeric>
 
 #include "cpu/exact.hpp"
@@ -41,7 +42,8 @@ Bank::Bank(std::vector<Matrix> views, const int64_t* key_video, Metric metric, c
       metric_(metric),
       kernels_(&kernels),
       shelf_(std::move(shelf)),
-      squared_norms_(views_.size()) {
+      squared_norms_(views_.size()),
+      longest_(views_.size(), -1.0) {
   if (shelf_ != nullptr)
     for (const Matrix& view : views_) shelf_->residency().watch(const_cast<void*>(view.data), bytes_of(view));
   if (metric_ == Metric::inner_product) return;
@@ -61,28 +63,51 @@ const Packed8& Bank::packed8(std::span<const int32_t> views, const Control& cont
   const std::lock_guard lock(making_);
   const std::vector<int32_t> wanted(views.begin(), views.end());
   auto& found = packed8_[wanted];
-  if (!found) found = std::make_unique<Packed8>(views_, metric_, wanted, control, shelf_.get());
+  if (!found) found = std::make_unique<Packed8>(views_, metric_, wanted, *kernels_, control, shelf_.get());
   return *found;
+}
+
+// Calls `use(done, some)` for all rows; where files are mapped, some at a time, each of which touches `reach` bytes.
+template <class Use>
+void Bank::in_reach(int64_t count, int64_t reach, const Use& use) const {
+  if (shelf_ == nullptr) return use(int64_t{0}, count);
+  constexpr int64_t together = 4096;
+  for (int64_t done = 0; done < count; done += together) {
+    const int64_t some = std::min(together, count - done);
+    use(done, some);
+    shelf_->residency().touched(some * reach);
+  }
 }
 
 void Bank::dots(const double* query, int32_t view, const int64_t* keys, int64_t first, int64_t count,
                 double* out) const {
   const Matrix& matrix = views_[view];
-  if (shelf_ == nullptr) return kernels_->dots(query, matrix, keys, first, count, out);
-  constexpr int64_t together = 4096;
-  const int64_t row_bytes = matrix.stride * size_of(matrix.dtype),
-                reach = keys != nullptr ? Residency::around : row_bytes;
-  for (int64_t done = 0; done < count; done += together) {
-    const int64_t some = std::min(together, count - done);
+  const int64_t reach = keys != nullptr ? Residency::around : matrix.stride * size_of(matrix.dtype);
+  in_reach(count, reach, [&](int64_t done, int64_t some) {
     kernels_->dots(query, matrix, keys != nullptr ? keys + done : nullptr, first + done, some, out + done);
-    shelf_->residency().touched(some * reach);
-  }
+  });
+}
+
+void Bank::dots_float(const float* query, int32_t view, const int64_t* keys, int64_t count, float* out) const {
+  in_reach(count, Residency::around, [&](int64_t done, int64_t some) {
+    kernels_->dots_float(query, views_[view], keys + done, some, out + done);
+  });
 }
 
 const VideoIndex& Bank::videos() {
   const std::lock_guard lock(making_);
   if (!videos_) videos_ = std::make_unique<VideoIndex>(key_video_, size());
   return *videos_;
+}
+
+double Bank::longest(int32_t view) {
+  constexpr double round_up = 1 + 1e-9;
+  const std::lock_guard lock(making_);
+  for (const auto& [views, packed] : packed8_)
+    if (packed && packed->longest(view) >= 0) return packed->longest(view) * round_up;
+  if (shelf_ != nullptr) return std::numeric_limits<double>::infinity();
+  if (longest_[view] < 0) longest_[view] = longest_row(views_[view], 0, size());
+  return longest_[view];
 }
 
 bool Bank::worth_packing(int64_t batch) {
@@ -102,6 +127,8 @@ void Bank::update(int64_t first, int64_t count) {
         dots(key.data(), static_cast<int32_t>(view), nullptr, row, 1, &squared_norms_[view][row]);
       }
   }
+  for (size_t view = 0; view < views_.size(); ++view)
+    if (longest_[view] >= 0) longest_[view] = std::max(longest_[view], longest_row(views_[view], first, count));
   overwritten_ += count;
   if (overwritten_ > turns_before_learning * size()) {
     overwritten_ = 0;

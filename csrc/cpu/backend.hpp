@@ -49,6 +49,12 @@ class Bank {
   const Packed8& packed8(std::span<const int32_t> views, const Control& control);
   const VideoIndex& videos();
 
+  // No stored row of the view is longer; infinity where finding out would cost a pass over a mapped file.
+  double longest(int32_t view);
+
+  // Inner products with `keys` in float32 (isa.hpp); the query is padded to a multiple of 16.
+  void dots_float(const float* query, int32_t view, const int64_t* keys, int64_t count, float* out) const;
+
   // Counts queries, so that one lonely query does not pay for packing a large bank: true once packing is worth it.
   bool worth_packing(int64_t batch);
 
@@ -56,6 +62,9 @@ class Bank {
   void update(int64_t first, int64_t count);
 
  private:
+  template <class Use>
+  void in_reach(int64_t count, int64_t reach, const Use& use) const;
+
   std::vector<Matrix> views_;
   const int64_t* key_video_;
   Metric metric_;
@@ -63,6 +72,7 @@ class Bank {
   std::unique_ptr<Shelf> shelf_;  // outlives what is packed in its files
   std::vector<std::vector<double>> squared_norms_;
   std::mutex making_;
+  std::vector<double> longest_;  // per view; negative where not yet known
   std::map<std::vector<int32_t>, std::unique_ptr<Packed16>> packed16_;
   std::map<std::vector<int32_t>, std::unique_ptr<Packed8>> packed8_;
   std::unique_ptr<VideoIndex> videos_;

@@ -4,6 +4,7 @@
 #include <bit>
 #include <cmath>
 #include <limits>
+#include <numeric>
 
 #include "cpu/ranking.hpp"
 #include "cpu/widen.hpp"
@@ -48,6 +49,19 @@ void widen_row(const Matrix& matrix, int64_t row, std::vector<double>& out) {
   if (matrix.dtype == DType::float32) widen_as<float>(matrix, row, out.data());
   if (matrix.dtype == DType::float16) widen_as<Float16>(matrix, row, out.data());
   if (matrix.dtype == DType::bfloat16) widen_as<BFloat16>(matrix, row, out.data());
+}
+
+double longest_row(const Matrix& matrix, int64_t first, int64_t count) {
+  std::vector<double> row;
+  double most = 0;
+  for (int64_t i = first; i < first + count; ++i) {
+    widen_row(matrix, i, row);
+    double sum[8] = {};
+    for (size_t d = 0; d < row.size(); ++d) sum[d % 8] += row[d] * row[d];
+    most = std::max(most, std::accumulate(sum, sum + 8, 0.0));
+  }
+  constexpr double round_up = 1 + 1e-9;
+  return std::sqrt(most) * round_up;
 }
 
 double zsum_weight(double sigma) {
@@ -192,14 +206,17 @@ void ExactCascade::keep_best(const Stage& stage, std::vector<int64_t>& keys, int
   keys.resize(ranked_.size());
 }
 
-void ExactCascade::run(std::span<const int64_t> alive, size_t from, const Answer& answer) {
+void ExactCascade::run(std::span<const int64_t> alive, size_t from, const Answer& answer,
+                       std::span<const double> known) {
   for (size_t number = from; number < stages_.size(); ++number) {
     const Stage& stage = stages_[number];
     const auto pool = stage.over_bank ? eligible() : alive;
+    const bool are_known = number == from && !known.empty();
     fused_.resize(pool.size());
-    scores(stage, pool, fused_.data());
+    if (!are_known) scores(stage, pool, fused_.data());
+    const double* score = are_known ? known.data() : fused_.data();
     ranked_.resize(pool.size());
-    for (size_t i = 0; i < pool.size(); ++i) ranked_[i] = {fused_[i], pool[i]};
+    for (size_t i = 0; i < pool.size(); ++i) ranked_[i] = {score[i], pool[i]};
     cpu::keep_best(ranked_, stage.keep);
     const bool last = number + 1 == stages_.size();
     if (stage.over_bank) {

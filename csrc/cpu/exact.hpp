@@ -19,6 +19,9 @@ class ExactView {
   // The similarities of `keys`, or of all keys from `first` on where `keys` is null.
   void scores(const int64_t* keys, int64_t first, int64_t count, double* out) const;
 
+  // The query as it was stored, zero padded.
+  std::span<const double> query() const { return query_; }
+
  private:
   const Bank* bank_ = nullptr;
   int32_t view_ = 0;
@@ -49,7 +52,8 @@ class ExactCascade {
   void keep_best(const Stage& stage, std::vector<int64_t>& keys, int64_t keep);
 
   // Runs the stages from number `from` on, with `alive` (any order) as what the stages before left, and writes the row.
-  void run(std::span<const int64_t> alive, size_t from, const Answer& answer);
+  // `known` may have that first stage's scores of `alive`, which must not be an @bank stage then.
+  void run(std::span<const int64_t> alive, size_t from, const Answer& answer, std::span<const double> known = {});
 
  private:
   void column(int32_t view, std::span<const int64_t> keys, double* out);
@@ -72,6 +76,9 @@ class ExactCascade {
 
 // One row of a stored matrix as float64, zero padded to a multiple of 8.
 void widen_row(const Matrix& matrix, int64_t row, std::vector<double>& out);
+
+// At least the length of each of the rows.
+double longest_row(const Matrix& matrix, int64_t first, int64_t count);
 
 // bfloat16(1 / sigma), the weight of a view in zsum; 0 where sigma is 0.
 double zsum_weight(double sigma);

@@ -15,6 +15,7 @@ constexpr int lanes8 = 64;            // keys in a block of 8-bit keys
 constexpr int queries16 = 12;         // queries that a 16-bit tile takes at most, in fours
 constexpr int lanes32 = 32;           // queries side by side in the loss's tiles
 constexpr int queries8 = 6;           // queries that an 8-bit tile takes
+constexpr int64_t run8 = 8;           // steps of an 8-bit tile whose products may be summed in 16 bits
 constexpr int16_t no_score = -32768;  // marks keys that are no candidates; real 16-bit scores are above it
 constexpr int max_rows16 = 16;        // score rows that `split16` carries at most
 
@@ -40,6 +41,11 @@ struct Kernels {
                int64_t first,        // used where `rows` is null
                int64_t count,        //
                double* out);         // [count]
+
+  // The same inner products in float32, in any order: off by at most float_error (rescore.cpp) of the true ones.
+  void (*dots_float)(const float* query,  // [D rounded up to 16], zero padded
+                     const Matrix& keys,  //
+                     const int64_t* rows, int64_t count, float* out);
 
   // Scores of a tile as the upper halves of 32-bit sums. |query| |key| < 2^31 - 2^16 in 16-bit units, so by
   // Cauchy-Schwarz no partial sum overflows, in whatever order, and no score reaches `no_score`.
@@ -80,18 +86,22 @@ struct Kernels {
   void (*range_float)(const float* value, int64_t n, float over, float* low, float* high);
 
   // Upper bounds u = scale * I + beta * residual, I the integer inner product, of 6 queries and 64 keys. Null where
-  // this instruction set has no 8-bit product. Returns which queries have a lane with u >= least; only their rows are
-  // written.
-  uint32_t (*tile8)(const int8_t* queries,  // [6, steps * 4]
+  // this instruction set has no 8-bit product. Returns which queries have a lane with u >= least; the rows of others
+  // say nothing. Queries must lie within `most8`. Where it `sums_runs`, the inner product over the first two bytes of
+  // `run8` steps must fit 16 bits, and so that over the last two (packed.cpp sees to it).
+  uint32_t (*tile8)(const int8_t* queries,  // [steps, 6, 4]
                     const uint8_t* keys,    // [steps, 64, 4], 128 added to each
                     int64_t steps,          //
-                    const int32_t* start,   // [6]: -128 times the sum of the query
+                    const int32_t* start,   // [6]: -128 times the sum of the query; or [6, runs]: in each half of a
+                                            // word that of the half's bytes
                     const float* scale,     // [64]; NaN in empty lanes, so that no comparison holds
                     const float* residual,  // [64]
                     const float* least,     // [6]
                     const float* beta,      // [6]
                     float* upper,           // [6, 64]
                     uint64_t* lanes);       // [6]: the lanes that reach `least`
+  int most8;                                // the largest byte of a query
+  bool sums_runs;                           // sums products of `run8` steps in 16 bits, not all in 32
 
   // The loss's scores of 32 queries and some keys: inner products in float32, divided by the temperature.
   void (*scores32)(const float* queries,       // [D, 32]

@@ -1,9 +1,12 @@
-// AVX2 with FMA and F16C (Haswell, Zen and later): vpmaddwd for the tiles; selection packs lanes to the left by table.
+// AVX2 with FMA and F16C (Haswell, Zen and later): vpmaddwd and vpmaddubsw for the tiles; selection among 16-bit scores
+// packs lanes to the left by table.
 #include <immintrin.h>
 
 #include <algorithm>
 #include <array>
 
+#include "cpu/avx2_floats.hpp"
+#include "cpu/avx2_tile8.hpp"
 #include "cpu/contrast_tile.hpp"
 #include "cpu/isa_generic.hpp"
 
@@ -51,15 +54,12 @@ inline void dot_rows(const double* query, const T* const (&key)[rows], int64_t d
 template <class T>
 void dots_of(const double* query, const Matrix& keys, const int64_t* rows, int64_t first, int64_t count, double* out) {
   constexpr int together = 4;
-  constexpr int64_t ahead = 8;  // chosen rows are scattered: ask for them early
+  constexpr int64_t ahead = 8;
   const auto* data = static_cast<const T*>(keys.data);
   const auto row = [&](int64_t i) { return data + (rows != nullptr ? rows[i] : first + i) * keys.stride; };
   int64_t i = 0;
   for (; i + together <= count; i += together) {
-    if (rows != nullptr)
-      for (int64_t next = i + ahead; next < i + ahead + together && next < count; ++next)
-        for (int64_t d = 0; d < keys.columns; d += 64 / static_cast<int64_t>(sizeof(T)))
-          _mm_prefetch(reinterpret_cast<const char*>(row(next) + d), _MM_HINT_T0);
+    if (rows != nullptr) avx2::prefetch<T>(keys, rows, i + ahead, i + ahead + together, count);
     const T* const key[together] = {row(i), row(i + 1), row(i + 2), row(i + 3)};
     dot_rows(query, key, keys.columns, out + i);
   }
@@ -286,15 +286,18 @@ const Kernels& avx2_kernels() {
   static constexpr Kernels table{
       .name = "avx2",
       .dots = dots,
+      .dots_float = avx2::dots_float,
       .tile16 = tile16,
       .count16 = count16,
       .range16 = range16,
       .collect16 = collect16,
       .split16 = split16,
       .fuse16 = generic::fuse16,
-      .count_float = generic::count_float,
-      .range_float = generic::range_float,
-      .tile8 = nullptr,
+      .count_float = avx2::count_float,
+      .range_float = avx2::range_float,
+      .tile8 = avx2::tile8,
+      .most8 = 64,
+      .sums_runs = true,
       .scores32 = contrast::scores32<Floats8>,
       .absorb32 = contrast::absorb32<Floats8>,
   };

@@ -251,14 +251,13 @@ uint32_t tile8(const int8_t* queries, const uint8_t* keys, int64_t steps, const 
 #pragma GCC unroll 6
   for (int q = 0; q < queries8; ++q)
     for (auto& each : sum[q]) each = _mm512_set1_epi32(start[q]);
-  const int64_t width = steps * 4;
   for (int64_t step = 0; step < steps; ++step) {
     const __m512i k0 = _mm512_load_si512(keys), k1 = _mm512_load_si512(keys + 64);
     const __m512i k2 = _mm512_load_si512(keys + 128), k3 = _mm512_load_si512(keys + 192);
     keys += 256;
 #pragma GCC unroll 6
     for (int q = 0; q < queries8; ++q) {
-      const __m512i word = broadcast(queries + q * width + step * 4);
+      const __m512i word = broadcast(queries + (step * queries8 + q) * 4);
       add_products8(sum[q][0], k0, word);
       add_products8(sum[q][1], k1, word);
       add_products8(sum[q][2], k2, word);
@@ -305,6 +304,7 @@ const Kernels& avx512_kernels() {
   static constexpr Kernels table{
       .name = "avx512",
       .dots = dots,
+      .dots_float = generic::dots_float,
       .tile16 = tile16,
       .count16 = count16,
       .range16 = range16,
@@ -314,6 +314,8 @@ const Kernels& avx512_kernels() {
       .count_float = count_float,
       .range_float = range_float,
       .tile8 = tile8,
+      .most8 = 127,
+      .sums_runs = false,
       .scores32 = contrast::scores32<Floats16>,
       .absorb32 = contrast::absorb32<Floats16>,
   };

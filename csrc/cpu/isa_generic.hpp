@@ -40,6 +40,29 @@ void dots_of(const double* query, const Matrix& keys, const int64_t* rows, int64
   if (keys.dtype == DType::bfloat16) dots_of<BFloat16>(query, keys, rows, first, count, out);
 }
 
+template <class T>
+void dots_float_of(const float* query, const Matrix& keys, const int64_t* rows, int64_t count, float* out) {
+  constexpr int width = 16;
+  for (int64_t i = 0; i < count; ++i) {
+    const T* key = static_cast<const T*>(keys.data) + rows[i] * keys.stride;
+    float sum[width] = {};
+    int64_t d = 0;
+    for (; d + width <= keys.columns; d += width)
+      for (int lane = 0; lane < width; ++lane) sum[lane] += query[d + lane] * widen(key[d + lane]);
+    for (int lane = 0; d + lane < keys.columns; ++lane) sum[lane] += query[d + lane] * widen(key[d + lane]);
+    for (int half = width / 2; half > 0; half /= 2)
+      for (int lane = 0; lane < half; ++lane) sum[lane] += sum[lane + half];
+    out[i] = sum[0];
+  }
+}
+
+[[maybe_unused]] void dots_float(const float* query, const Matrix& keys, const int64_t* rows, int64_t count,
+                                 float* out) {
+  if (keys.dtype == DType::float32) dots_float_of<float>(query, keys, rows, count, out);
+  if (keys.dtype == DType::float16) dots_float_of<Float16>(query, keys, rows, count, out);
+  if (keys.dtype == DType::bfloat16) dots_float_of<BFloat16>(query, keys, rows, count, out);
+}
+
 inline int32_t low_half(int32_t word) { return static_cast<int16_t>(word & 0xffff); }
 inline int32_t high_half(int32_t word) { return word >> 16; }
 

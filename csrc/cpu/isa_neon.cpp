@@ -80,6 +80,7 @@ const Kernels& neon_kernels() {
   static constexpr Kernels table{
       .name = "neon",
       .dots = dots,
+      .dots_float = generic::dots_float,
       .tile16 = tile16,
       .count16 = generic::count16,
       .range16 = generic::range16,
@@ -89,6 +90,8 @@ const Kernels& neon_kernels() {
       .count_float = generic::count_float,
       .range_float = generic::range_float,
       .tile8 = nullptr,
+      .most8 = 0,
+      .sums_runs = false,
       .scores32 = contrast::scores32<Floats4>,
       .absorb32 = contrast::absorb32<Floats4>,
   };

@@ -19,6 +19,7 @@ const Kernels& portable_kernels() {
   static constexpr Kernels table{
       .name = "portable",
       .dots = generic::dots,
+      .dots_float = generic::dots_float,
       .tile16 = generic::tile16,
       .count16 = generic::count16,
       .range16 = generic::range16,
@@ -28,6 +29,8 @@ const Kernels& portable_kernels() {
       .count_float = generic::count_float,
       .range_float = generic::range_float,
       .tile8 = nullptr,
+      .most8 = 0,
+      .sums_runs = false,
       .scores32 = contrast::scores32<Floats4>,
       .absorb32 = contrast::absorb32<Floats4>,
   };

@@ -214,11 +214,13 @@ Packed16::Query Packed16::pack_query(std::span<const Matrix> queries, int64_t ro
   return {fits && std::isfinite(error) ? error : std::numeric_limits<double>::infinity(), unit};
 }
 
-Packed8::Packed8(std::span<const Matrix> bank, Metric metric, std::vector<int32_t> views, const Control& control,
-                 Shelf* shelf)
+Packed8::Packed8(std::span<const Matrix> bank, Metric metric, std::vector<int32_t> views, const Kernels& kernels,
+                 const Control& control, Shelf* shelf)
     : embedding_(bank, metric, std::move(views)),
       layout_(bank.front().rows, lanes8),
       steps_((embedding_.dims() + 3) / 4),
+      most8_(kernels.most8),
+      sums_runs_(kernels.sums_runs),
       stored_(embedding_.views().size(), 0.0) {
   const int64_t keys = layout_.positions(), bytes = keys * steps_ * 4;
   const auto each = [this](const auto& use) { parameters(use); };
@@ -245,7 +247,10 @@ Packed8::Packed8(std::span<const Matrix> bank, Metric metric, std::vector<int32_
     std::fill(scale_.data() + begin * lanes8, scale_.data() + end * lanes8, std::numeric_limits<float>::quiet_NaN());
     std::fill(residual_.data() + begin * lanes8, residual_.data() + end * lanes8, 0.0f);
   };
-  for_blocks(layout_, embedding_.dims(), control, shelf, clear, [&](int, int64_t row, double* y) { pack(row, y); });
+  std::vector<double> loudest(std::max(1, control.threads), 0.0);
+  for_blocks(layout_, embedding_.dims(), control, shelf, clear,
+             [&](int part, int64_t row, double* y) { loudest[part] = std::max(loudest[part], pack(row, y)); });
+  loudest_ = *std::max_element(loudest.begin(), loudest.end());
   if (file_ == nullptr) return;
   write_down(*file_, each);
   shelf->finish(*file_, control);
@@ -292,7 +297,41 @@ void Packed8::choose_rotation() {
   if (rotated < worth_it * plain) embedding_.rotate();
 }
 
-void Packed8::pack(int64_t row, double* y) {
+// The largest sum of squares over half of a run's bytes: the first two of each step, or the last two.
+double Packed8::squared_half_run(const int8_t* integers) const {
+  int64_t most = 0;
+  for (int64_t first = 0; first < steps_; first += run8) {
+    int64_t sum[2] = {};
+    for (int64_t d = 4 * first; d < 4 * std::min(steps_, first + run8); ++d)
+      sum[d % 4 / 2] += int64_t{integers[d]} * integers[d];
+    most = std::max({most, sum[0], sum[1]});
+  }
+  return static_cast<double>(most);
+}
+
+double Packed8::longest(int32_t view) const {
+  const auto views = embedding_.views();
+  const auto found = std::find(views.begin(), views.end(), view);
+  return found != views.end() ? stored_[found - views.begin()] : -1;
+}
+
+// Takes back the 128 that keys' bytes carry, in the sums that the tile keeps.
+void Packed8::start_query(const int8_t* bytes, int32_t* start) const {
+  if (!sums_runs_) {
+    *start = 0;
+    for (int64_t d = 0; d < 4 * steps_; ++d) *start -= 128 * bytes[d];
+    return;
+  }
+  for (int64_t run = 0; run < runs(); ++run) {
+    uint32_t half[2] = {};
+    for (int64_t d = 4 * run * run8; d < 4 * std::min(steps_, (run + 1) * run8); ++d)
+      half[d % 4 / 2] -= static_cast<uint32_t>(128 * bytes[d]);
+    start[run] = static_cast<int32_t>((half[0] & 0xffff) | half[1] << 16);
+  }
+}
+
+// Returns the largest `squared_half_run` of the row.
+double Packed8::pack(int64_t row, double* y) {
   thread_local std::vector<int8_t> integers;
   const int64_t dims = embedding_.dims(), position = layout_.position(row);
   integers.assign(4 * steps_, 0);
@@ -305,13 +344,14 @@ void Packed8::pack(int64_t row, double* y) {
   uint8_t* out = bytes_.data() + position / lanes8 * steps_ * lanes8 * 4 + position % lanes8 * 4;
   for (int64_t step = 0; step < steps_; ++step)
     for (int64_t i = 0; i < 4; ++i) out[step * lanes8 * 4 + i] = static_cast<uint8_t>(integers[4 * step + i] + 128);
+  return squared_half_run(integers.data());
 }
 
 bool Packed8::update(int64_t first, int64_t count) {
   if (file_ != nullptr) return false;
   std::vector<double> y(embedding_.dims());
   for (int64_t row = first; row < first + count; ++row) {
-    pack(row, y.data());
+    loudest_ = std::max(loudest_, pack(row, y.data()));
     longest_ = std::max(longest_, length(y.data(), embedding_.dims()));  // pack left y / unit
     embedding_.raise_longest(row, stored_);
   }
@@ -319,22 +359,31 @@ bool Packed8::update(int64_t first, int64_t count) {
 }
 
 Packed8::Query Packed8::pack_query(std::span<const Matrix> queries, int64_t row, std::span<const double> weights,
-                                   int8_t* bytes) const {
+                                   int8_t* bytes, int32_t* start) const {
   thread_local std::vector<double> p;
   const int64_t dims = embedding_.dims();
   p.assign(dims, 0.0);
   std::fill_n(bytes, 4 * steps_, int8_t{0});
+  std::fill_n(start, runs(), 0);
   embedding_.query(queries, row, weights, p.data());
   const double given = length(p.data(), dims);
   const double slack = embedding_.slack(queries, row, weights, stored_);
-  if (!(given > 0)) return {0, 0, 0};  // every score is the same: all bounds are 0, nothing is ruled out
+  if (!(given > 0)) return {0, 0};  // every score is the same: all bounds are 0, nothing is ruled out
   for (double& value : p) value /= given;
-  const double scale = largest(p.data(), dims) / 127;
-  const double lost = quantise(p.data(), dims, 1 / scale, 127, bytes);
-  int32_t sum = 0;
-  for (int64_t d = 0; d < dims; ++d) sum += bytes[d];
+  const double extent = largest(p.data(), dims);
+  double most = most8_, scale = 0, lost = 0;
+  for (;;) {
+    scale = extent / most;
+    lost = quantise(p.data(), dims, 1 / scale, most, bytes);
+    // Half a run's inner product is at most |q| |k| by Cauchy-Schwarz and must fit 16 bits. With bytes up to 16 it does
+    // whatever the keys, so that this ends: (16 * 16^2) * (16 * 127^2) < 32767^2.
+    const double size = sums_runs_ ? std::sqrt(squared_half_run(bytes) * loudest_) : 0;
+    if (size <= 32767) break;
+    most = std::max(16.0, std::min(most - 1, std::floor(most * 32767 / size)));
+  }
+  start_query(bytes, start);
   const double rest = lost * longest_ + float_rounding * longest_ + slack / (given * unit_);
-  return {-128 * sum, up((1 + lost) * round_up / scale), up(rest * round_up / scale)};
+  return {up((1 + lost) * round_up / scale), up(rest * round_up / scale)};
 }
 
 }  // namespace cascade::cpu

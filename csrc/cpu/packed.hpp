@@ -81,8 +81,8 @@ class Packed16 {
 // Four 8-bit values a word, a scale and a residual norm for each key.
 class Packed8 {
  public:
-  Packed8(std::span<const Matrix> bank, Metric metric, std::vector<int32_t> views, const Control& control,
-          Shelf* shelf = nullptr);
+  Packed8(std::span<const Matrix> bank, Metric metric, std::vector<int32_t> views, const Kernels& kernels,
+          const Control& control, Shelf* shelf = nullptr);
 
   // Repacks rows in place; false where that cannot be.
   bool update(int64_t first, int64_t count);
@@ -94,29 +94,42 @@ class Packed8 {
   const float* scale(int64_t number) const { return scale_.data() + number * lanes8; }
   const float* residual(int64_t number) const { return residual_.data() + number * lanes8; }
 
+  // How many words of a tile's `start` belong to a query.
+  int64_t runs() const { return sums_runs_ ? (steps_ + run8 - 1) / run8 : 1; }
+
+  // The longest row of a view as it is stored, or a little less by rounding; negative where the view is not packed
+  // here.
+  double longest(int32_t view) const;
+
   struct Query {
-    int32_t start;  // -128 times the sum of its bytes
-    float beta;     // |p^| in the tile's units: how much of a key's residual an upper bound adds
-    float margin;   // the rest of the bound, the same for all keys
+    float beta;    // |p^| in the tile's units: how much of a key's residual an upper bound adds
+    float margin;  // the rest of the bound, the same for all keys
   };
   // In the tile's units the score lies in [u - 2 beta residual - margin, u + margin] for the tile's result u.
-  Query pack_query(std::span<const Matrix> queries, int64_t row, std::span<const double> weights, int8_t* bytes) const;
+  // Writes its bytes [steps * 4] and its words of `start` [runs].
+  Query pack_query(std::span<const Matrix> queries, int64_t row, std::span<const double> weights, int8_t* bytes,
+                   int32_t* start) const;
 
  private:
   template <class Use>
   void parameters(const Use& use) {
     embedding_.parameters(use);
-    for (double* value : {&unit_, &longest_}) use(*value);
+    for (double* value : {&unit_, &longest_, &loudest_}) use(*value);
     for (double& value : stored_) use(value);
   }
   void measure(const Control& control, Shelf* shelf);
-  void pack(int64_t row, double* y);
+  double pack(int64_t row, double* y);
+  double squared_half_run(const int8_t* integers) const;
+  void start_query(const int8_t* bytes, int32_t* start) const;
   void choose_rotation();
 
   std::unique_ptr<KeptFile> file_;  // what the buffers lie in, or null
   Embedding embedding_;
   Layout layout_;
   int64_t steps_;
+  int most8_;
+  bool sums_runs_;
+  double loudest_ = 0;  // the largest `squared_half_run` of a key
   double unit_ = 1;     // keys are divided by this, so that floats serve whatever the features' size
   double longest_ = 0;  // the largest |y| / unit
   std::vector<double> stored_;

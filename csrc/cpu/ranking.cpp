@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <limits>
 #include <utility>
 
 namespace cascade::cpu {
@@ -67,6 +68,29 @@ void sort_best_first(std::vector<Ranked>& ranked) {
     first = end;
   }
   ranked.swap(sorted);
+}
+
+Bracket kth_largest(const Kernels& kernels, const float* value, int64_t n, int64_t k, float known, int rounds) {
+  constexpr float lowest = -std::numeric_limits<float>::max();
+  const Bracket nowhere{lowest, std::numeric_limits<float>::infinity()};
+  if (n < k) return nowhere;
+  Bracket found = nowhere;
+  kernels.range_float(value, n, lowest, &found.low, &found.high);
+  if (known > found.low && known < found.high && kernels.count_float(value, n, known) >= k) found.low = known;
+  if (kernels.count_float(value, n, found.low) < k) return nowhere;
+  for (int round = 0; round < rounds; ++round) {
+    const float middle = 0.5f * found.low + 0.5f * found.high;
+    if (!(middle > found.low && middle < found.high)) break;
+    const int64_t count = kernels.count_float(value, n, middle);
+    (count >= k ? found.low : found.high) = middle;
+    if (count == k) {  // the least of those k is the one
+      float unused = 0;
+      kernels.range_float(value, n, std::nextafter(middle, lowest), &found.low, &unused);
+      found.high = found.low;
+      break;
+    }
+  }
+  return found;
 }
 
 }  // namespace cascade::cpu

@@ -3,34 +3,38 @@
 // A tile gives upper bounds u; in its units a score lies in [u - 2 beta r - margin, u + margin] (packed.hpp). Write
 // l = u - 2 beta r and let theta be at most the k-th largest l of the candidates: k of them score at least
 // theta - margin, so a key with u + margin < theta - margin is surely out. Keys that pass are collected; when a
-// query's list is full, theta is raised and the list swept. What is left in the end is ranked by the contract.
+// query's list is full, theta is raised and the list swept. What is left in the end is ranked by the contract, the
+// lists of many queries together (rescore.hpp).
 //
 // theta starts from a guess: the first blocks, a strided sample of the bank, are scored whole, and theta is their l of
 // a rank that is low enough to be right almost always. Whether it was is checked in the end (k collected keys must have
 // l >= theta), and the rare query for which it was not is searched again without the guess.
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 
 #include "cpu/fast.hpp"
+#include "cpu/ranking.hpp"
+#include "cpu/rescore.hpp"
 
 namespace cascade::cpu {
 namespace {
 
-constexpr int64_t sample_keys = 4096;  // a 16th of 65,536 keys: a good threshold for 6 % of the work, which counts
+constexpr int64_t most_sampled = 8192;
 constexpr int64_t blocks_per_poll = 64;
 constexpr float lowest = -std::numeric_limits<float>::max();
 constexpr float never = std::numeric_limits<float>::infinity();
 
 struct Candidates {
   std::vector<float> upper, lower;
-  std::vector<int32_t> slot;
+  std::vector<int32_t> position;
   int64_t size = 0;
 
   void reserve(int64_t room) {
     upper.resize(room);
     lower.resize(room);
-    slot.resize(room);
+    position.resize(room);
   }
   int64_t room() const { return static_cast<int64_t>(upper.size()); }
 };
@@ -49,18 +53,26 @@ class Stream {
         kernels_(call.bank->kernels()),
         layout_(packed.layout()),
         keep_(std::min<int64_t>(call.stages[0].keep, layout_.keys)),
-        most_(std::max<int64_t>(8 * keep_ + sample_keys, layout_.keys / 8)),
-        exact_(call.stages, static_cast<int64_t>(call.bank->views().size()), call.bank->size()) {}
+        most_(std::max<int64_t>(8 * keep_ + most_sampled, layout_.keys / 8)),
+        rescorer_(call, layout_) {}
 
   std::vector<int64_t> run(int64_t begin, int64_t end) {
     std::vector<int64_t> rows(end - begin), hopeless;
     for (int64_t i = 0; i < end - begin; ++i) rows[i] = begin + i;
-    rows = search(rows, sample_keys, hopeless);
+    rows = search(rows, sample(), hopeless);
     if (!rows.empty()) search(rows, 0, hopeless);
     return hopeless;
   }
 
  private:
+  // How many keys the guess is made from. Selecting among n of them costs about 3 n ns, and a threshold that is 3
+  // standard deviations too low lets 3 sqrt(keep keys / n) keys too many pass, each for some 75 ns: this n is the
+  // cheapest.
+  int64_t sample() const {
+    const double both = static_cast<double>(keep_) * static_cast<double>(layout_.keys);
+    return std::clamp<int64_t>(static_cast<int64_t>(std::pow(75 * 75 * both, 1.0 / 3)), 512, most_sampled);
+  }
+
   // Searches and answers the rows; returns those whose guessed threshold was too high. Without a sample none is.
   std::vector<int64_t> search(std::span<const int64_t> rows, int64_t sample, std::vector<int64_t>& hopeless) {
     rows_ = rows;
@@ -76,9 +88,10 @@ class Stream {
         again.push_back(rows_[i]);
       } else {
         raise(i);
-        answer(i);
+        rescorer_.add(rows_[i], {found_[i].position.data(), static_cast<size_t>(found_[i].size)});
       }
     }
+    rescorer_.finish();
     return again;
   }
 
@@ -86,16 +99,19 @@ class Stream {
     groups_ = (static_cast<int64_t>(rows_.size()) + queries8 - 1) / queries8;
     const int64_t padded = groups_ * queries8, width = packed_.steps() * 4;
     bytes_.assign(padded * width, 0);
-    start_.assign(padded, 0);
+    start_.assign(padded * packed_.runs(), 0);
     beta_.assign(padded, 0.0f);
     margin_.assign(padded, 0.0f);
     theta_.assign(padded, lowest);
     least_.assign(padded, never);  // rows that only fill up a tile never collect anything
     if (static_cast<int64_t>(found_.size()) < padded) found_.resize(padded);
+    std::vector<int8_t> bytes(width);
     for (size_t i = 0; i < rows_.size(); ++i) {
-      const auto query =
-          packed_.pack_query(call_.queries, rows_[i], {}, bytes_.data() + static_cast<int64_t>(i) * width);
-      start_[i] = query.start;
+      const auto query = packed_.pack_query(call_.queries, rows_[i], {}, bytes.data(),
+                                            start_.data() + static_cast<int64_t>(i) * packed_.runs());
+      int8_t* const out = bytes_.data() + static_cast<int64_t>(i / queries8 * queries8) * width + i % queries8 * 4;
+      for (int64_t step = 0; step < packed_.steps(); ++step)
+        std::memcpy(out + step * queries8 * 4, bytes.data() + step * 4, 4);
       beta_[i] = query.beta;
       margin_[i] = query.margin;
       least_[i] = lowest;
@@ -107,8 +123,9 @@ class Stream {
 
   uint32_t tile(int64_t group, int64_t block, const float* least) {
     const int64_t at = group * queries8;
-    return kernels_.tile8(bytes_.data() + at * packed_.steps() * 4, packed_.block(block), packed_.steps(), &start_[at],
-                          packed_.scale(block), packed_.residual(block), least, &beta_[at], upper_, lanes_);
+    return kernels_.tile8(bytes_.data() + at * packed_.steps() * 4, packed_.block(block), packed_.steps(),
+                          &start_[at * packed_.runs()], packed_.scale(block), packed_.residual(block), least,
+                          &beta_[at], upper_, lanes_);
   }
 
   // Scores the first blocks whole, sets thresholds from them, and collects what passes.
@@ -151,7 +168,7 @@ class Stream {
     if (exclude.mask != nullptr)
       for (int64_t j = 0; j < keys; ++j)
         if (layout_.slot(j) < layout_.keys && is_excluded(i, layout_.slot(j))) drop(j);
-    theta_[i] = at_least(lower, keys, rank, lowest, 12);
+    theta_[i] = kth_largest(kernels_, lower, keys, rank, lowest, 12).low;
     least_[i] = bound(i);
     for (int64_t block = 0; block < keys / lanes8; ++block) {
       const float* u = upper + block * lanes8;
@@ -195,7 +212,7 @@ class Stream {
       if (is_excluded(i, slot)) continue;
       found.upper[found.size] = upper[lane];
       found.lower[found.size] = upper[lane] - 2 * beta_[i] * residual[lane];
-      found.slot[found.size++] = static_cast<int32_t>(slot);
+      found.position[found.size++] = static_cast<int32_t>(block * lanes8 + lane);
     }
     if (found.size + lanes8 > found.room()) make_room(i);
   }
@@ -213,7 +230,7 @@ class Stream {
   // Sets theta from the list and drops what is surely out.
   void raise(int64_t i) {
     Candidates& found = found_[i];
-    const float theta = at_least(found.lower.data(), found.size, keep_, theta_[i], 20);
+    const float theta = kth_largest(kernels_, found.lower.data(), found.size, keep_, theta_[i], 20).low;
     if (!(theta > theta_[i])) return;
     theta_[i] = theta;
     least_[i] = bound(i);
@@ -221,7 +238,7 @@ class Stream {
     for (int64_t j = 0; j < found.size; ++j) {
       found.upper[left] = found.upper[j];
       found.lower[left] = found.lower[j];
-      found.slot[left] = found.slot[j];
+      found.position[left] = found.position[j];
       left += found.upper[j] >= least_[i];
     }
     found.size = left;
@@ -237,48 +254,19 @@ class Stream {
     return kernels_.count_float(found_[i].lower.data(), found_[i].size, theta_[i]) >= keep_ || theta_[i] == lowest;
   }
 
-  // A value with at least k of the list at or above it, close to the largest such; `lowest` where there are fewer.
-  float at_least(const float* value, int64_t n, int64_t k, float known, int rounds) const {
-    if (n < k) return lowest;
-    float low = 0, high = 0;
-    kernels_.range_float(value, n, lowest, &low, &high);
-    if (known > low && known < high && kernels_.count_float(value, n, known) >= k) low = known;
-    if (kernels_.count_float(value, n, low) < k) return lowest;
-    for (int round = 0; round < rounds; ++round) {
-      const float middle = 0.5f * low + 0.5f * high;
-      if (!(middle > low && middle < high)) break;
-      const int64_t count = kernels_.count_float(value, n, middle);
-      (count >= k ? low : high) = middle;
-      if (count == k) break;
-    }
-    return low;
-  }
-
-  // The collected keys hold the stage's best: the contract finds and orders them.
-  void answer(int64_t i) {
-    const int64_t row = rows_[i];
-    for (size_t view = 0; view < call_.queries.size(); ++view)
-      if (call_.queries[view].data != nullptr)
-        exact_.view(static_cast<int64_t>(view)).bind(*call_.bank, static_cast<int32_t>(view), call_.queries[view], row);
-    exact_.start(*call_.exclude, row);
-    alive_.assign(found_[i].slot.begin(), found_[i].slot.begin() + found_[i].size);
-    exact_.run(alive_, 0, *call_.answer);
-  }
-
   const MineCall& call_;
   const Packed8& packed_;
   const Kernels& kernels_;
   Layout layout_;
   int64_t keep_;
   int64_t most_;  // candidates beyond which the bound is no help
-  ExactCascade exact_;
+  Rescorer rescorer_;
   std::span<const int64_t> rows_;
   int64_t groups_ = 0;
   std::vector<int8_t> bytes_;
   std::vector<int32_t> start_;
   std::vector<float> beta_, margin_, theta_, least_;
   std::vector<Candidates>& found_ = kept_lists();
-  std::vector<int64_t> alive_;
   Buffer<float> sample_upper_, sample_lower_;
   alignas(64) float upper_[queries8 * lanes8];
   uint64_t lanes_[queries8];
