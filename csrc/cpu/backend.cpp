@@ -15,6 +15,7 @@ constexpr int64_t small_bank = 512;            // keys: below, scoring exactly c
 constexpr int64_t packing_pays_from = 16;      // queries: packing costs about as much as scoring so many exactly
 constexpr int64_t turns_before_learning = 16;  // of a queue: features drift in training, and with them their mean
 constexpr int64_t few_of_many = 16;            // a stage that keeps at most 1 in 16 is worth 8-bit scores
+constexpr int64_t most_dims8 = 1 << 16;        // 128 * 127 times as much fits the 32 bits of their sums
 
 // Each part takes a run of consecutive queries.
 template <class Work>
@@ -32,6 +33,12 @@ std::vector<int64_t> rows_between(int64_t begin, int64_t end) {
 int64_t size_of(DType dtype) { return dtype == DType::float32 ? 4 : dtype == DType::float64 ? 8 : 2; }
 
 int64_t bytes_of(const Matrix& matrix) { return matrix.rows * matrix.stride * size_of(matrix.dtype); }
+
+int64_t dims_of(const Bank& bank, const Stage& stage) {
+  int64_t dims = 0;
+  for (const int32_t view : stage.views) dims += bank.views()[view].columns + 1;  // one more for distances
+  return dims;
+}
 
 }  // namespace
 
@@ -165,7 +172,7 @@ void mine(Bank& bank, std::span<const Stage> stages, std::span<const Matrix> que
       std::any_of(stages.begin(), stages.end(), [](const Stage& each) { return each.over_bank && is_boundable(each); });
   if (fast && exclude.query_video != nullptr) bank.videos();
   if (fast && bank.kernels().tile8 != nullptr && is_packable(first) && !ranks_bank &&
-      first.keep * few_of_many <= bank.size()) {
+      first.keep * few_of_many <= bank.size() && dims_of(bank, first) <= most_dims8) {
     const Packed8& packed = bank.packed8(first.views, control);
     return share_queries(batch, control, [&](int64_t begin, int64_t end) {
       exact_queries(call, stream_queries(call, packed, begin, end));
