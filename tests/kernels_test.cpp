@@ -114,11 +114,12 @@ float value(int family, std::mt19937& rng, int64_t row, int64_t d) {
 Problem make(std::mt19937& rng, int family) {
   Problem p;
   const bool wide = family == 11;
-  p.keys = wide ? 700 : std::vector<int64_t>{600, 1023, 2048, 4500}[rng() % 4];
+  p.keys =
+      family >= first_for_8_bits ? (family == 7 ? 3000 : 700) : std::vector<int64_t>{600, 1023, 2048, 4500}[rng() % 4];
   p.batch = 17 + rng() % 9;
   p.metric = family == 7 ? Metric::inner_product : static_cast<Metric>(rng() % 3);
   for (int view = 0; view < 2; ++view) {
-    const int64_t n = wide && view == 0 ? 1100 : family == 7 ? 300 : std::vector<int64_t>{1, 3, 16, 37, 64}[rng() % 5];
+    const int64_t n = wide && view == 0 ? 520 : family == 7 ? 300 : std::vector<int64_t>{1, 3, 16, 37, 64}[rng() % 5];
     p.dims.push_back(n);
     p.key.emplace_back(p.keys * n);
     p.query.emplace_back(p.batch * n);
@@ -280,8 +281,8 @@ int main(int count, char** words) {
       }
     std::mt19937 rng(7);
     for (int round = 0; round < 4 * rounds; ++round) failures += !contrasts_right(isa, rng);
-    for (int round = 0; round < 500 * rounds; ++round) {
-      failures += !thresholds_right(isa, rng);
+    for (int round = 0; round < 500 * rounds; ++round) failures += !thresholds_right(isa, rng);
+    for (int round = 0; round < 150 * rounds; ++round) {
       failures += !bounds_test::tiles_right(isa, rng);
       failures += !bounds_test::float_products_right(isa, rng);
       failures += !bounds_test::brackets_right(isa, rng);
