@@ -34,10 +34,14 @@ int64_t size_of(DType dtype) { return dtype == DType::float32 ? 4 : dtype == DTy
 
 int64_t bytes_of(const Matrix& matrix) { return matrix.rows * matrix.stride * size_of(matrix.dtype); }
 
-int64_t dims_of(const Bank& bank, const Stage& stage) {
+// Scores lie closer together the more dimensions there are, as 1 / sqrt(D), and 8-bit bounds do not: more keys than are
+// kept pass, and each costs a product of D values. Where 8 bits are not much faster than 16 that decides.
+bool is_worth_8_bits(const Bank& bank, const Stage& stage) {
+  constexpr int64_t usual_dims = 128;
   int64_t dims = 0;
-  for (const int32_t view : stage.views) dims += bank.views()[view].columns + 1;  // one more for distances
-  return dims;
+  for (const int32_t view : stage.views) dims += bank.views()[view].columns;
+  const int64_t crowding = bank.kernels().sums_runs ? std::max<int64_t>(1, dims / usual_dims) : 1;
+  return stage.keep * few_of_many * crowding <= bank.size() && dims < most_dims8;
 }
 
 }  // namespace
@@ -171,8 +175,7 @@ void mine(Bank& bank, std::span<const Stage> stages, std::span<const Matrix> que
   const bool ranks_bank =
       std::any_of(stages.begin(), stages.end(), [](const Stage& each) { return each.over_bank && is_boundable(each); });
   if (fast && exclude.query_video != nullptr) bank.videos();
-  if (fast && bank.kernels().tile8 != nullptr && is_packable(first) && !ranks_bank &&
-      first.keep * few_of_many <= bank.size() && dims_of(bank, first) <= most_dims8) {
+  if (fast && bank.kernels().tile8 != nullptr && is_packable(first) && !ranks_bank && is_worth_8_bits(bank, first)) {
     const Packed8& packed = bank.packed8(first.views, control);
     return share_queries(batch, control, [&](int64_t begin, int64_t end) {
       exact_queries(call, stream_queries(call, packed, begin, end));
