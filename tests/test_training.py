@@ -17,8 +17,9 @@ from moving import MovingSquares
 import cascade_engine as ce
 from cascade_engine.errors import CheckpointError, InvalidInput, StaleBank
 from cascade_engine.training import checkpoint
-from cascade_engine.training.batches import Batches, span
+from cascade_engine.training.batches import KEY, QUERY, Batches, span
 from cascade_engine.training.config import (
+    AugmentConfig,
     BankConfig,
     ClipConfig,
     LossConfig,
@@ -242,7 +243,7 @@ def test_checkpoints_are_pruned_and_half_a_file_is_never_seen(tmp_path):
         {"phase": (*PHASES[:1], replace(PHASES[1], pairs="cross", inherit="initial", oracle_from="initial"))},
         {"phase": (replace(PHASES[1], positives="labels", plan="", oracles=()),)},
         {"loss": LossConfig(reduction="mean_log", self_positive="never", siblings="negative")},
-        {"clip": ClipConfig(frames=3, size=16, stride=2, two_clips=False), "model": ModelConfig(dim=8, norm_groups=1)},
+        {"clip": ClipConfig(frames=3, size=16, stride=2, apart=0), "model": ModelConfig(dim=8, norm_groups=1)},
         {"loss": LossConfig(in_batch=True, siblings="ignore"), "model": ModelConfig(dim=8, norm="group")},
     ],
 )
@@ -302,17 +303,30 @@ def test_the_shares_of_two_processes_are_the_joint_batch(tmp_path):
             assert torch.equal(torch.cat([part.keys[view] for part in parts]), whole.keys[view])
 
 
-def test_two_clips_of_a_video_or_one_twice(tmp_path):
-    from cascade_engine.training.config import AugmentConfig
+def test_a_key_is_cut_at_most_so_far_from_its_query(tmp_path):
+    clip = ClipConfig(frames=4, size=16)
+    room = np.tile([1, 3, 20, 100], 50)
+    distance = {}
+    for apart in (-1, 0, 2):
+        cutter = batches(tmp_path, clip=replace(clip, apart=apart))
+        query, key = (cutter._starts(room, purpose, 0, 0) for purpose in (QUERY, KEY))
+        assert all(((starts >= 0) & (starts < room)).all() for starts in (query, key))
+        distance[apart] = set((key - query).tolist())
+    assert distance[0] == {0}
+    assert distance[2] == {-2, -1, 0, 1, 2}
+    assert min(distance[-1]) < -20
+    assert max(distance[-1]) > 20
 
+
+def test_one_clip_varied_by_nothing_is_its_own_key(tmp_path):
     still = AugmentConfig(flip=0, area=1, jitter=0, gray=0)
     clip = ClipConfig(frames=4, size=16)
     batch = {}
-    for two in (True, False):
-        config = small(tmp_path, clip=replace(clip, two_clips=two), augment=still, model=ModelConfig(norm_groups=1))
-        batch[two] = Batches(MovingSquares(), config, 1, replace(augmentation(config), ratio=(1, 1)))[0]
-    assert torch.equal(batch[False].query, batch[False].keys["rgb"])
-    assert not torch.equal(batch[True].query, batch[True].keys["rgb"])
+    for apart in (-1, 0):
+        config = small(tmp_path, clip=replace(clip, apart=apart), augment=still, model=ModelConfig(norm_groups=1))
+        batch[apart] = Batches(MovingSquares(), config, 1, replace(augmentation(config), ratio=(1, 1)))[0]
+    assert torch.equal(batch[0].query, batch[0].keys["rgb"])
+    assert not torch.equal(batch[-1].query, batch[-1].keys["rgb"])
     assert span(ClipConfig(frames=3, stride=2)) == 5
 
 

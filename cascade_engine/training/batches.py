@@ -138,13 +138,21 @@ class Batches(Dataset[Batch]):
     def _stream(self, purpose: int, *place: int) -> np.random.Generator:
         return np.random.default_rng([self.config.seed, self.number, purpose, *place])
 
+    def _starts(self, room: Rows, purpose: int, epoch: int, place: int) -> Rows:
+        """The first frame of each clip, below `room`; a key's is at most `clip.apart` from its query's."""
+        apart = self.config.clip.apart
+        if purpose == QUERY or apart < 0:
+            return self._stream(purpose, epoch, place, 0).integers(room)
+        shift = self._stream(purpose, epoch, place, 0).integers(-apart, apart + 1, len(room))
+        return np.clip(self._starts(room, QUERY, epoch, place) + shift, 0, room - 1)
+
     def _clips(
         self, views: Sequence[str], rows: Rows, chosen: Rows, purpose: int, epoch: int, place: int
     ) -> dict[str, torch.Tensor]:
         """Augmented clips of ``rows[chosen]``, view to (n, C, T, H, W); drawn for all rows, then chosen."""
         clip = self.config.clip
         room = np.array([self.cache.length(int(row)) - span(clip) + 1 for row in rows])
-        starts = self._stream(purpose if clip.two_clips else QUERY, epoch, place, 0).integers(room)
+        starts = self._starts(room, purpose, epoch, place)
         drawn = self.augment.draw(len(rows), self._stream(purpose, epoch, place, 1))
         draws = Draws(**{each.name: getattr(drawn, each.name)[chosen] for each in fields(drawn)})
         return {

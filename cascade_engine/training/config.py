@@ -34,7 +34,15 @@ class ClipConfig:
     frames: int = option(8, "frames per clip")
     size: int = option(56, "side that the encoder sees, in pixels")
     stride: int = option(1, "cached frames from one frame of a clip to the next")
-    two_clips: bool = option(True, "query and key are two clips of a video, not one clip augmented twice")
+    apart: int = option(-1, "frames at most from a query's clip to its key's; -1: anywhere; 0: one clip, varied twice")
+
+    def __post_init__(self) -> None:
+        """Refuse counts that are none."""
+        if min(self.frames, self.size, self.stride) < 1 or self.apart < -1:
+            raise InvalidInput(
+                "expected frames, size and stride of at least 1 and apart of at least -1, "
+                f"got {self.frames}, {self.size}, {self.stride}, {self.apart}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
