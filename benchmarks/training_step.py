@@ -1,9 +1,9 @@
 """The share of a training step that mining and the loss take: the engine's, a torch version's, the published loop's.
 
-The rest of the step is what a CPR phase does besides: the query's augmentation, forward and backward pass, the
-momentum encoder on the keys, the frozen oracle on its view of them, the optimiser. Mining and loss are timed apart on a
-queue of K keys, with the push of the step's keys, since that is when the engine prepares them. Shares are of processor
-time on all threads, which holds on a machine that others use too.
+The rest of the step is what a CPR phase of the tiny preset does besides: the query's augmentation, forward and backward
+pass, the momentum encoder on the keys, the frozen oracle on its view of them, the optimiser. Mining and loss are timed
+apart on a queue of K keys, with the push of the step's keys, since that is when the engine prepares them. Shares are of
+processor time on all threads, which holds on a machine that others use too.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 
 import cascade_engine as ce
 from cascade_engine.models import MomentumEncoder, build_encoder
+from cascade_engine.training.presets import preset
 from cascade_engine.video.augment import Augment
 
 from .inputs import Batch, Case, Problem, make
@@ -55,14 +56,16 @@ def run(*, batch: int = 32, keys: int = 16384, threads: int = 2, rounds: int = 5
         engine(0)
         if not judge(found[-1]).accepts(engine=True):
             raise AssertionError("engine: wrong answer")
-        calls: dict[str, Callable[[int], object]] = {"rest of a tiny step": rest_of_step("small3d", batch, (8, 56))}
+        tiny = preset("tiny")
+        clip = (tiny.clip.frames, tiny.clip.size, tiny.data.size)
+        calls: dict[str, Callable[[int], object]] = {"rest of a tiny step": rest_of_step("small3d", batch, clip)}
         calls |= {name: torch_step(problem, miner) for name, miner in miners.items()} | {"engine": engine}
         timings = {
             name: timing.as_json() for name, timing in interleaved(calls, rounds=rounds, clock=clock_for("cpu")).items()
         }
         steps = {"tiny": timings["rest of a tiny step"]["cpu_ms"]}
         if large:
-            one = {"r3d": rest_of_step("r3d18", 2, (16, 112))}
+            one = {"r3d": rest_of_step("r3d18", 2, (16, 112, 128))}
             taken = interleaved(one, rounds=2, clock=clock_for("cpu"))["r3d"].processor
             steps["r3d18, 16 x 112 x 112"] = taken * 1e3 * batch / 2
     shares = {
@@ -73,13 +76,19 @@ def run(*, batch: int = 32, keys: int = 16384, threads: int = 2, rounds: int = 5
     return {"machine": machine(PACKAGES), "settings": settings, "timings": timings, "rest_ms": steps, "shares": shares}
 
 
-def rest_of_step(encoder: str, batch: int, clip: tuple[int, int]) -> Callable[[int], object]:
-    """A step of a phase that trains rgb with flow as oracle, without mining and loss: the call."""
-    frames, side = clip
+def rest_of_step(encoder: str, batch: int, clip: tuple[int, int, int]) -> Callable[[int], object]:
+    """A step of a phase that trains rgb with flow as oracle, without mining and loss: the call.
+
+    Args:
+        encoder: its name.
+        batch: clips.
+        clip: frames, the side that the encoder sees, the side that is stored.
+    """
+    frames, side, stored_side = clip
     rng = np.random.default_rng(0)
     stored = {
-        "rgb": rng.integers(0, 256, (batch, frames, side + 8, side + 8, 3)).astype(np.uint8),
-        "flow": rng.integers(-127, 128, (batch, frames, side + 8, side + 8, 2)).astype(np.int8),
+        "rgb": rng.integers(0, 256, (batch, frames, stored_side, stored_side, 3)).astype(np.uint8),
+        "flow": rng.integers(-127, 128, (batch, frames, stored_side, stored_side, 2)).astype(np.int8),
     }
     augment = Augment(size=side)
     trained, oracle = build_encoder(encoder, 3, norm_groups=2).train(), build_encoder(encoder, 2).eval()

@@ -86,20 +86,20 @@ def _tiny() -> TrainConfig:
     """The whole method on mocap15 in minutes, on two CPU cores."""
     return TrainConfig(
         name="tiny",
-        data=DataConfig(source="mocap15:32", cache="cache/mocap15", size=96),
+        data=DataConfig(source="mocap15:64", cache="cache/mocap15", size=96),
         clip=ClipConfig(frames=8, stride=2, size=32, apart=6),
         augment=AugmentConfig(drift=0.1),
         model=ModelConfig(momentum=0.99),
         bank=BankConfig(size=512),
-        loss=LossConfig(siblings="ignore", in_batch=True),
+        loss=LossConfig(siblings="ignore", in_batch=True, self_positive="never"),
         optim=OptimConfig(batch=64, threads=2),
         output=OutputConfig(log_every=5, checkpoint_every=50),
         phase=(
-            _first("rgb", 50),
-            _first("flow", 100),
-            PhaseConfig(name="rgb-1", train="rgb", oracles=("flow",), plan="cpr", top_k=1, epochs=30),
-            PhaseConfig(name="flow-1", train="flow", oracles=("rgb",), plan="cpr", top_k=1, epochs=30),
-            PhaseConfig(name="rgb-2", train="rgb", oracles=("flow",), plan="cpr", top_k=5, epochs=30),
+            replace(_first("rgb", 6), lr=2e-3, warmup=1),
+            replace(_first("flow", 45), lr=2e-3, warmup=1),
+            PhaseConfig(name="rgb-1", train="rgb", oracles=("flow",), plan="cpr", top_k=1, epochs=15),
+            PhaseConfig(name="flow-1", train="flow", oracles=("rgb",), plan="cpr", top_k=1, epochs=10),
+            PhaseConfig(name="rgb-2", train="rgb", oracles=("flow",), plan="cpr", top_k=5, epochs=12),
         ),
     )
 
