@@ -95,7 +95,7 @@ def _finetuned(run: Run, view: str, epochs: int, progress: Progress) -> Path:
     folder = run.folder / f"finetuned-{view}"
     if not FineTuned.is_in(folder):
         name = f"fine-tune {view}"
-        config = FinetuneConfig(view=view, epochs=epochs, batch=16, lr=3e-3, seed=run.config.seed)
+        config = FinetuneConfig(view=view, epochs=epochs, seed=run.config.seed)
         finetune(run, config, progress=lambda epoch, _: progress(name, epoch, epochs)).save(folder)
     return folder
 
