@@ -144,7 +144,8 @@ class Batches(Dataset[Batch]):
         if purpose == QUERY or apart < 0:
             return self._stream(purpose, epoch, place, 0).integers(room)
         shift = self._stream(purpose, epoch, place, 0).integers(-apart, apart + 1, len(room))
-        return np.clip(self._starts(room, QUERY, epoch, place) + shift, 0, room - 1)
+        starts: Rows = np.clip(self._starts(room, QUERY, epoch, place) + shift, 0, room - 1)
+        return starts
 
     def _clips(
         self, views: Sequence[str], rows: Rows, chosen: Rows, purpose: int, epoch: int, place: int
