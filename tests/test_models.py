@@ -49,7 +49,7 @@ def test_weights_are_loaded_strictly():
     assert "file.pt" in message
     assert "missing: head.2.bias" in message
     assert "extra: extra" in message
-    assert "misshapen: backbone.0.0.weight (16, 2, 3, 5, 5) instead of (16, 3, 3, 5, 5)" in message
+    assert "misshapen: backbone.0.0.weight (32, 2, 3, 5, 5) instead of (32, 3, 3, 5, 5)" in message
     assert all(torch.equal(before[name], value) for name, value in encoder.state_dict().items())
 
 
