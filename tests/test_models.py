@@ -22,7 +22,7 @@ def test_encoders_take_any_clip_and_give_unit_vectors(name, channels, shape):
 
 
 def test_unknown_encoder_and_bad_numbers_are_refused():
-    with pytest.raises(InvalidInput, match="encoder: expected one of small3d, s3d"):
+    with pytest.raises(InvalidInput, match="encoder: expected one of small3d, r3d_small"):
         build_encoder("s4d", 3)
     with pytest.raises(InvalidInput, match="at least 1"):
         build_encoder("small3d", 0)
