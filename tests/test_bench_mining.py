@@ -124,7 +124,7 @@ def test_the_trace_holds_the_engines_phases(tmp_path):
         if event.get("ph") == "X":
             ranges.setdefault(event["name"], []).append((event["ts"], event["ts"] + event["dur"]))
     assert {f"cascade::{name}" for name in ("mine", "score", "select", "repair", "loss", "push")} <= set(ranges)
-    slack = 500  # microseconds between the two clocks
+    slack = 20_000  # microseconds: two clocks, and a thread may lose its processor between reading one and the other
     for name in ("score", "select", "repair"):
         for begin, end in ranges[f"cascade::{name}"]:
             assert any(b - slack <= begin <= end <= e + slack for b, e in ranges["cascade::mine"]), name
