@@ -40,6 +40,8 @@ def test_what_is_written_reads_back(tmp_path):
         ("loss.reduction=mean", "loss.reduction: expected one of logsumexp, mean_log"),
         ("loss.self_positive=sometimes", "loss.self_positive: expected 'always' or 'never' or a number"),
         ("loss.temperature=0", "loss: temperature: expected a number above 0"),
+        ("clip.apart=-2", "clip: expected frames, size and stride of at least 1 and apart of at least -1"),
+        ("clip.stride=0", "clip: expected frames, size and stride of at least 1"),
         ("model.encoder=vit", "model: encoder: expected one of small3d"),
         ("phase.4.lr=1", "phase.4.lr: no row '4'; there are 1 to 3: rgb, flow, rgb2"),
         ("phase.2.plan=rgb:5,flow:x", "phase.2: plan: expected a count, a percentage or 'prev' at position 12"),
