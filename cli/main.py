@@ -13,6 +13,7 @@ from cascade_engine.errors import BackendUnavailable, CascadeError, InvalidInput
 
 from .lazy import LazyGroup
 
+EXTRAS = {"store": ("pyarrow", "h5py", "fsspec", "aiohttp"), "faiss": ("faiss",)}
 USAGE, UNAVAILABLE, STORE, FAILED, INTERRUPTED = 2, 3, 4, 1, 130
 
 COMMANDS = {
@@ -78,8 +79,15 @@ def run() -> None:
         if debug:
             traceback.print_exc()
         else:
-            click.echo(f"error: {error}", err=True)
+            click.echo(f"error: {error}{_hint(error)}", err=True)
         sys.exit(_code(error))
+
+
+def _hint(error: BaseException) -> str:
+    """Which extra brings a package that is not installed."""
+    name = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
+    extra = next((extra for extra, names in EXTRAS.items() if name in names), None)
+    return "" if extra is None else f"; pip install 'cascade-engine[{extra}]' brings it"
 
 
 def _code(error: BaseException) -> int:

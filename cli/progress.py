@@ -1,7 +1,8 @@
-"""A progress bar on the error stream, where a person is watching."""
+"""Progress on the error stream, where a person is watching."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -17,3 +18,23 @@ def bar(what: str, total: int) -> Iterator[Callable[[], None]]:
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
         task = progress.add_task(what, total=total)
         yield lambda: progress.advance(task)
+
+
+@contextmanager
+def counter(unit: str) -> Iterator[Callable[[int], None]]:
+    """A line with a count and its rate on the error stream, where a person is watching."""
+    from rich.console import Console
+    from rich.progress import Progress, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.completed:,.0f} " + unit), TextColumn("{task.fields[rate]}"), TimeElapsedColumn())
+    started, done = time.perf_counter(), 0
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
+        task = progress.add_task(unit, total=None, rate="")
+
+        def step(count: int) -> None:
+            nonlocal done
+            done += count
+            progress.update(task, completed=done, rate=f"{done / (time.perf_counter() - started):,.0f} {unit}/s")
+
+        yield step

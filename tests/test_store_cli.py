@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from cascade_engine.cli import main
 from cascade_engine.cli.store import command
 from click.testing import CliRunner
 from store_rows import COLUMNS, VIEWS, batch
@@ -117,3 +118,58 @@ def test_gc_removes_what_crashes_leave_and_nothing_else(path):
     store = ce.FeatureStore.open(path)
     assert store.verify() == []
     assert store.rows == 60
+
+
+@pytest.mark.parametrize("name", ["x.npz", "x.parquet", "x.h5", "x.npy"])
+def test_a_damaged_file_is_refused_by_name_and_adds_nothing(path, tmp_path, name):
+    (tmp_path / name).write_bytes(b"nonsense")
+    with pytest.raises(InvalidInput, match=f"{name}: cannot be read"):
+        call("import", path, tmp_path / name)
+    assert ce.FeatureStore.open(path).rows == 60
+
+
+def test_what_makes_no_sense_is_refused(path, tmp_path):
+    with pytest.raises(InvalidInput, match="each name once, got 'rgb' again"):
+        call("create", tmp_path / "t", "--view", "rgb=4", "--view", "rgb=8")
+    np.savez(tmp_path / "empty.npz", rgb=np.empty((0, 4), np.float32))
+    with pytest.raises(InvalidInput, match="found none"):
+        call("import", tmp_path / "t", tmp_path / "empty.npz")
+    assert not (tmp_path / "t").exists()
+    with pytest.raises(InvalidInput, match="expected with --exclude overlap only"):
+        call("query", path, "--plan", "rgb:3", "--clip", 5, "--margin", 1)
+    call("seal", path)
+    with pytest.raises(InvalidInput, match="nosuch://there: expected a URL that fsspec knows"):
+        call("publish", path, "nosuch://there")
+
+
+def test_a_published_store_is_described_asked_and_exported_by_its_url(path, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    call("seal", path)
+    url = f"file://{tmp_path}/there"
+    call("publish", path, url)
+    assert json.loads(call("info", url, "--json"))["phases"]["main"]["rows"] == 60
+    arguments = ("--plan", "rgb:3", "--clip", 5, "--json")
+    assert call("query", url, *arguments) == call("query", path, *arguments)
+    call("export", url, tmp_path / "x.parquet", "--to", "parquet")
+    assert json.loads(call("import", tmp_path / "again", tmp_path / "x.parquet", "--json"))["added"] == 60
+
+
+@pytest.mark.parametrize("form", ["parquet", "zarr"])
+def test_an_export_that_fails_leaves_nothing_and_spares_what_was_there(path, tmp_path, monkeypatch, form):
+    target = tmp_path / "out" / "x"
+    target.parent.mkdir()
+    if form == "parquet":
+        call("export", path, target, "--to", "parquet")
+    before = target.read_bytes() if target.exists() else None
+    monkeypatch.setattr(ce.FeatureStore, "coded", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        call("export", path, target, "--to", form)
+    assert (target.read_bytes() if target.exists() else None) == before
+    assert [each.name for each in target.parent.iterdir()] == (["x"] if before else [])
+
+
+@pytest.mark.parametrize(("package", "extra"), [("pyarrow", "store"), ("h5py.h5", "store"), ("faiss", "faiss")])
+def test_a_missing_package_is_said_with_what_brings_it(package, extra):
+    hint = main._hint(ModuleNotFoundError(f"No module named {package!r}", name=package))
+    assert hint == f"; pip install 'cascade-engine[{extra}]' brings it"
+    assert main._hint(ModuleNotFoundError("No module named 'x'", name="x")) == main._hint(OSError("x")) == ""

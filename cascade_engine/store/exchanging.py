@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cascade_engine.errors import InvalidInput, NotFound, StoreError
+from cascade_engine.errors import CascadeError, InvalidInput, NotFound, StoreError
 from cascade_engine.store.columns import Categorical
 from cascade_engine.store.feature_store import FeatureStore
 
@@ -24,11 +26,21 @@ def read_tables(source: Path, rows: int = 65_536) -> Iterator[dict[str, Any]]:
     dictionary of tensors of as many rows, or of one clip's vectors and values.
 
     Raises:
-        InvalidInput: not one of the formats, or arrays of different lengths.
+        InvalidInput: not one of the formats, a damaged file, or arrays of different lengths.
         NotFound: there is nothing.
+        ImportError: what reads the format is not installed.
     """
     if not source.exists():
         raise NotFound(f"{source}: expected a file or folder to import, found nothing")
+    try:
+        yield from _tables(source, rows)
+    except (CascadeError, ImportError, MemoryError):
+        raise
+    except Exception as error:  # each format's reader has errors of its own for a damaged file
+        raise InvalidInput(f"{source}: cannot be read: {error}") from error
+
+
+def _tables(source: Path, rows: int) -> Iterator[dict[str, Any]]:
     suffixes = {each.suffix for each in source.iterdir()} if source.is_dir() else {source.suffix}
     if source.is_dir() and ".pt" in suffixes:
         yield from _pt(source)
@@ -91,11 +103,27 @@ def schema_of(table: Mapping[str, Any], rename: Mapping[str, str]) -> tuple[dict
     return views, columns
 
 
-def to_parquet(store: FeatureStore, target: Path, *, phase: str | None = None, where: str | None = None) -> int:
+def to_parquet(
+    store: FeatureStore,
+    target: Path,
+    *,
+    phase: str | None = None,
+    where: str | None = None,
+    progress: Callable[[int], None] = lambda _: None,
+) -> int:
     """Write a phase as one Parquet file, views as lists of a fixed size; returns its bytes.
 
-    Missing views are null, text is text.
+    Missing views are null, text is text. A file of that name is replaced once the new one is whole. `progress` is
+    called with the clips just written.
     """
+    with _aside(target) as temporary:
+        _write_parquet(store, temporary, phase, where, progress)
+    return target.stat().st_size
+
+
+def _write_parquet(
+    store: FeatureStore, target: Path, phase: str | None, where: str | None, progress: Callable[[int], None]
+) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -118,13 +146,19 @@ def to_parquet(store: FeatureStore, target: Path, *, phase: str | None = None, w
         table = pa.table(arrays)
         writer = writer or pq.ParquetWriter(target, table.schema)
         writer.write_table(table)
+        progress(len(part))
     assert writer is not None
     writer.close()
-    return target.stat().st_size
 
 
 def archive(
-    store: FeatureStore, target: Path, codec: str = "zstd", *, phase: str | None = None, where: str | None = None
+    store: FeatureStore,
+    target: Path,
+    codec: str = "zstd",
+    *,
+    phase: str | None = None,
+    where: str | None = None,
+    progress: Callable[[int], None] = lambda _: None,
 ) -> tuple[int, int]:
     """Write a phase as a compressed plain Zarr v3 group; returns the bytes of its rows and those on disk.
 
@@ -134,8 +168,8 @@ def archive(
         codec: ``"zstd"``, ``"gzip"``, ``"blosc"`` (zstd with bit shuffle) or ``"none"``.
         phase: the current one by default.
         where: a condition on columns.
+        progress: called with the bytes just written, as they are without compression.
     """
-    import zarr
     from zarr.codecs import BloscCodec, GzipCodec, ZstdCodec
 
     codecs: dict[str, Any] = {
@@ -150,6 +184,17 @@ def archive(
         raise StoreError(f"{target}: expected nothing there")
     rows = store.matching(where, phase=phase)
     chosen = np.arange(store.count(phase)) if rows is None else rows
+    with _aside(target) as temporary:
+        raw = _write_archive(store, temporary, codecs[codec], chosen, phase, progress)
+    return raw, sum(each.stat().st_size for each in target.rglob("*") if each.is_file())
+
+
+def _write_archive(
+    store: FeatureStore, target: Path, codec: Any, chosen: Any, phase: str | None, progress: Callable[[int], None]
+) -> int:
+    """Write the group; returns the bytes of its rows."""
+    import zarr
+
     group = zarr.create_group(target)
     views, columns = store.schema(phase)
     raw = 0
@@ -166,15 +211,28 @@ def archive(
             shape=(len(chosen), *values.shape[1:]),
             chunks=(min(step, max(len(chosen), 1)), *values.shape[1:]),
             dtype=values.dtype,
-            compressors=codecs[codec],
+            compressors=codec,
             dimension_names=("clip", f"{name}_feature")[: values.ndim],
             attributes=about,
             fill_value=np.nan if values.dtype.kind == "f" else 0,
         )
         for start in range(0, len(chosen), step):
-            array[start : start + step] = values[chosen[start : start + step]]
+            part = values[chosen[start : start + step]]
+            array[start : start + step] = part
+            progress(part.nbytes)
         raw += len(chosen) * values.dtype.itemsize * int(np.prod(values.shape[1:]))
-    return raw, sum(each.stat().st_size for each in target.rglob("*") if each.is_file())
+    return raw
+
+
+@contextmanager
+def _aside(target: Path) -> Iterator[Path]:
+    """Where to write what is to be at `target`: renamed when whole, removed where that fails."""
+    temporary = target.with_name(f"{target.name}.new-{os.getpid()}")
+    try:
+        yield temporary
+        temporary.replace(target)
+    finally:
+        shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink(missing_ok=True)
 
 
 def _numpy(source: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cascade_engine.errors import Corrupt, NotFound, StoreError
+from cascade_engine.errors import Corrupt, InvalidInput, NotFound, StoreError
 from cascade_engine.store.creating import read_root
 from cascade_engine.store.feature_store import FeatureStore
 from cascade_engine.store.layout import check_phase
@@ -37,12 +37,10 @@ def publish(
     Raises:
         StoreError: the phase is not sealed, or another phase of that name is there.
     """
-    import fsspec
-
     folder, uid, _, sealed = store.identity(phase)
     if not sealed:
         raise StoreError(f"phase {folder.name!r}: expected a sealed phase to publish, seal it first")
-    files, root = fsspec.core.url_to_fs(url)
+    files, root = _far(url)
     target = f"{root}/phases/{folder.name}"
     if files.exists(f"{target}/zarr.json"):
         there = json.loads(files.cat_file(f"{target}/zarr.json"))["attributes"]["cascade"]["uid"]
@@ -88,9 +86,7 @@ def fetch(
         NotFound: no store, or no such phase.
         Corrupt: a file is not as it was published; nothing of it stays in the cache.
     """
-    import fsspec
-
-    files, root = fsspec.core.url_to_fs(url)
+    files, root = _far(url)
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cascade_engine"
     local = Path(cache or home) / hashlib.sha256(url.encode()).hexdigest()[:16]
     local.mkdir(parents=True, exist_ok=True)
@@ -113,6 +109,17 @@ def fetch(
     finally:
         shutil.rmtree(arriving, ignore_errors=True)
     return FeatureStore.open(local, phase=name)
+
+
+def _far(url: str) -> tuple[Any, str]:
+    """The file system that a URL names, and the path there."""
+    import fsspec
+
+    try:
+        files, root = fsspec.core.url_to_fs(url)
+    except ValueError as error:
+        raise InvalidInput(f"{url}: expected a URL that fsspec knows: {error}") from None
+    return files, root
 
 
 def _inside(folder: Path, name: str) -> Path:
