@@ -10,7 +10,7 @@ import click
 
 from cascade_engine import __version__, kernels
 
-OPTIONAL = ("faiss-cpu", "tensorboard", "pybullet", "fastapi", "onnxruntime", "pyarrow", "h5py", "xarray")
+OPTIONAL = ("faiss-cpu", "faiss-gpu", "tensorboard", "pybullet", "fastapi", "onnxruntime", "pyarrow", "h5py", "xarray")
 REQUIRED = ("torch", "torchvision", "numpy", "zarr", "numcodecs", "av", "opencv-python-headless")
 
 

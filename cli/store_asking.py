@@ -146,7 +146,8 @@ def query(
             except NotFound:
                 index = build_index(store, view, approximate, generator=np.random.default_rng(0))
             about = index.about
-            click.echo(f"{about.kind} index of {view}: recall {about.recall:.4f} of the {about.k} nearest", err=True)
+            recall = f"recall {about.recall:.4f} of the {about.k} nearest"
+            click.echo(f"{about.kind} index of {view}, on the {index.device}: {recall}", err=True)
         hits = search(
             store, plan, clip=list(clips), k=k, where=where, exclude=exclude, margin=margin, approximate=index
         )

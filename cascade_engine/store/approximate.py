@@ -1,9 +1,15 @@
-"""An approximate first stage for stores beyond brute force: a faiss index of one view, kept beside its sealed phase."""
+"""An approximate first stage for stores beyond brute force: a faiss index of one view, kept beside its sealed phase.
+
+An IVF index is built and searched on the first GPU where faiss has that (the extra ``faiss-gpu``) and there is one; an
+HNSW index, which faiss has for the CPU only, and whatever a GPU refuses, are built and searched on the CPU. What is
+kept on disk is the CPU's form, so either reads what the other wrote.
+"""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+import logging
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +24,9 @@ from cascade_engine.store.files import LocalFiles, write_whole
 
 Kind = Literal["hnsw", "ivf"]
 _SPARE = 2  # candidates asked for, as a multiple of what the first stage keeps: some are excluded
+_ON_GPU = 2048  # the most neighbours, and lists probed, that faiss takes on a GPU
+_TOGETHER = 1 << 18  # keys widened to float32 at a time
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,22 +58,32 @@ class Approximate:
     """An index in use: `search` takes it as ``approximate``.
 
     Args:
-        index: of faiss.
+        index: of faiss, on the CPU.
         about: what it was built from.
+        on_gpu: the same index on a GPU, which then is searched.
     """
 
-    def __init__(self, index: Any, about: Measured) -> None:
-        self._index, self.about = index, about
+    def __init__(self, index: Any, about: Measured, on_gpu: Any = None) -> None:
+        self._index, self._on_gpu, self.about = index, on_gpu, about
 
     @property
     def view(self) -> str:
         """The view it indexes."""
         return self.about.view
 
+    @property
+    def device(self) -> str:
+        """Where it is searched: ``"gpu"`` or ``"cpu"``."""
+        return "cpu" if self._on_gpu is None else "gpu"
+
     def candidates(self, queries: npt.NDArray[Any], count: int) -> npt.NDArray[np.int64]:
         """About `count` or more candidates (B, n) for each query, rows of the phase, -1 where fewer are found."""
-        wanted = min(self.about.rows, _SPARE * count)
-        _, found = self._index.search(np.ascontiguousarray(queries, np.float32), wanted)
+        return self.nearest(queries, min(self.about.rows, _SPARE * count))
+
+    def nearest(self, queries: npt.NDArray[Any], count: int) -> npt.NDArray[np.int64]:
+        """The `count` nearest (B, count) that the index finds, rows of the phase, -1 where it finds fewer."""
+        index = self._index if self._on_gpu is None or count > _ON_GPU else self._on_gpu
+        _, found = index.search(np.ascontiguousarray(queries, np.float32), count)
         return np.asarray(found, np.int64)
 
 
@@ -99,24 +118,22 @@ def build_index(
     if not sealed:
         raise StoreError(f"phase {folder.name!r}: expected a sealed phase to index, seal it first")
     bank = store.bank(view, phase=phase)
-    keys = np.ascontiguousarray(bank.keys[view], np.float32)
+    keys = bank.keys[view]
     if not len(keys) or len(keys) != store.count(phase):
         raise InvalidInput(f"view {view!r}: expected every clip of phase {folder.name!r} to have it")
-    index = _index(faiss, keys, kind)
+    index, on_gpu = _filled(faiss, keys, kind)
     chosen = generator.choice(len(keys), min(queries, len(keys)), replace=False)
-    exact = mine(CascadePlan.parse(f"{view}:{k}"), {view: bank.keys[view][chosen]}, bank).index
-    _, found = index.search(keys[chosen], exact.shape[1])
-    recall = float((exact[:, :, None] == found[:, None, :]).any(axis=2).mean())
-    about = Measured(
-        uid=uid, commit=commit, view=view, kind=kind, rows=len(keys), recall=recall, k=k, queries=len(chosen)
-    )
+    about = Measured(uid=uid, commit=commit, view=view, kind=kind, rows=len(keys), recall=0, k=k, queries=len(chosen))
+    exact = mine(CascadePlan.parse(f"{view}:{k}"), {view: keys[chosen]}, bank).index
+    found = Approximate(index, about, on_gpu).nearest(keys[chosen], exact.shape[1])
+    about = replace(about, recall=float((exact[:, :, None] == found[:, None, :]).any(axis=2).mean()))
     data, described = _files(folder, view, kind)
     temporary = data.with_name(data.name + ".new")
     faiss.write_index(index, str(temporary))
     described.unlink(missing_ok=True)
     temporary.rename(data)
     write_whole(LocalFiles(), described, json.dumps(asdict(about)).encode(), sync=True)
-    return Approximate(index, about)
+    return Approximate(index, about, on_gpu)
 
 
 def open_index(store: FeatureStore, view: str, kind: Kind = "hnsw", *, phase: str | None = None) -> Approximate:
@@ -138,25 +155,67 @@ def open_index(store: FeatureStore, view: str, kind: Kind = "hnsw", *, phase: st
         raise StoreError(
             f"{data}: stale, built from commit {about.commit} of {about.uid[:8]}, not {commit} of {uid[:8]}"
         )
-    return Approximate(faiss.read_index(str(data)), about)
+    index = faiss.read_index(str(data))
+    return Approximate(index, about, _moved(faiss, index, kind))
 
 
-def _index(faiss: Any, keys: npt.NDArray[np.float32], kind: Kind) -> Any:
+def _filled(faiss: Any, keys: npt.NDArray[Any], kind: Kind) -> tuple[Any, Any]:
+    """The index with all keys on the CPU, and on a GPU where one built it."""
+    index = _empty(faiss, keys.shape[1], len(keys), kind)
+    on_gpu = _moved(faiss, index, kind)
+    if on_gpu is not None:
+        try:
+            _fill(on_gpu, keys)
+            filled = faiss.index_gpu_to_cpu(on_gpu)
+        except RuntimeError as error:
+            log.warning("a GPU could not build the %s index (%s); the CPU does", kind, _first_line(error))
+            index = _empty(faiss, keys.shape[1], len(keys), kind)
+        else:
+            filled.nprobe = index.nprobe
+            return filled, on_gpu
+    _fill(index, keys)
+    return index, None
+
+
+def _empty(faiss: Any, dim: int, rows: int, kind: Kind) -> Any:
     if kind == "hnsw":
-        index = faiss.IndexHNSWFlat(keys.shape[1], 32, faiss.METRIC_INNER_PRODUCT)
+        index = faiss.IndexHNSWFlat(dim, 32, faiss.METRIC_INNER_PRODUCT)
         index.hnsw.efConstruction, index.hnsw.efSearch = 80, 128
     elif kind == "ivf":
-        lists = max(1, min(int(4 * len(keys) ** 0.5), len(keys) // 39))  # faiss warns below 39 points a list
-        coarse = faiss.IndexFlatIP(keys.shape[1])
-        index = faiss.IndexIVFFlat(coarse, keys.shape[1], lists, faiss.METRIC_INNER_PRODUCT)
-        index.nprobe = min(lists, max(8, lists // 8))
+        lists = max(1, min(int(4 * rows**0.5), rows // 39))  # faiss warns below 39 points a list
+        coarse = faiss.IndexFlatIP(dim)
+        index = faiss.IndexIVFFlat(coarse, dim, lists, faiss.METRIC_INNER_PRODUCT)
+        index.nprobe = min(lists, max(8, lists // 8), _ON_GPU)
         index.own_fields = True
         coarse.this.disown()
     else:
         raise InvalidInput(f"kind: expected hnsw or ivf, got {kind!r}")
-    index.train(keys)
-    index.add(keys)
     return index
+
+
+def _fill(index: Any, keys: npt.NDArray[Any]) -> None:
+    if not index.is_trained:
+        index.train(np.ascontiguousarray(keys, np.float32))
+    for start in range(0, len(keys), _TOGETHER):
+        index.add(np.ascontiguousarray(keys[start : start + _TOGETHER], np.float32))
+
+
+def _moved(faiss: Any, index: Any, kind: Kind) -> Any:
+    """A copy of the index on the first GPU, or None where it stays on the CPU."""
+    if kind != "ivf" or not hasattr(faiss, "StandardGpuResources") or faiss.get_num_gpus() == 0:
+        return None
+    try:
+        on_gpu = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, index)
+        on_gpu.nprobe = index.nprobe
+    except RuntimeError as error:
+        log.warning("the %s index does not go to the GPU (%s); the CPU has it", kind, _first_line(error))
+        return None
+    return on_gpu
+
+
+def _first_line(error: RuntimeError) -> str:
+    """What faiss says without where in its sources it says it."""
+    return str(error).strip().splitlines()[0]
 
 
 def _files(folder: Path, view: str, kind: Kind) -> tuple[Path, Path]:

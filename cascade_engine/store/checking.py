@@ -137,8 +137,9 @@ def _written(folder: Path, record: Record, spec: ArraySpec, number: int, count: 
         got = np.frombuffer(data, np.int32)[start - part * presence.chunk :]
         held[start - first : start - first + len(got)] = got
     there: Values = held <= record.commit
-    if spec.path == presence_path(view):  # a fill under way writes the number of the commit to come
-        there = there | ((held > read_record(folder).commit + 1) & (held != ABSENT))
+    later = ~there & (held != ABSENT)
+    if spec.path == presence_path(view) and later.any():  # a fill under way writes the number of the commit to come
+        there = there | (later & (held > read_record(folder).commit + 1))
     return there if there.any() else False
 
 
