@@ -16,7 +16,7 @@ from cascade_engine.errors import CascadeError
 from cascade_engine.mining import mine
 from cascade_engine.plan import CascadePlan
 from cascade_engine.store import FeatureStore
-from cascade_engine.store.feature_store import Values
+from cascade_engine.store.reading import Values
 
 PLAN = "x:10"
 WHERE = "label == 'l7' and start >= 10"

@@ -4,39 +4,31 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
 import numpy as np
-import numpy.typing as npt
 
-from cascade_engine.bank import Bank, Metric, Prepared
 from cascade_engine.errors import InvalidInput, StoreError
-from cascade_engine.store import changing, filtering
-from cascade_engine.store.checking import Problem, verify
+from cascade_engine.store import changing
 from cascade_engine.store.clips import ClipIndex
-from cascade_engine.store.columns import Categorical, Dictionary
-from cascade_engine.store.creating import make_phase, make_store, phase_names, read_root
+from cascade_engine.store.columns import Dictionary
+from cascade_engine.store.creating import make_phase, make_store, read_root
 from cascade_engine.store.files import Files, LocalFiles
 from cascade_engine.store.ingest import Batch, check_batch
 from cascade_engine.store.layout import BUILT_IN, CHUNK_BYTES, check_columns, check_phase, check_views
 from cascade_engine.store.locking import take_lock
-from cascade_engine.store.mapping import gather as gather_rows
-from cascade_engine.store.mapping import prefetch as prefetch_rows
-from cascade_engine.store.phase import Commit, Phase
-from cascade_engine.store.record import empty_record, read_record
-from cascade_engine.store.shelving import shelf_of
+from cascade_engine.store.phase import Phase
+from cascade_engine.store.reading import StoreReader
+from cascade_engine.store.record import emptied, empty_record, read_record
 from cascade_engine.store.writer import DURABILITIES, Durability, PhaseWriter
 from cascade_engine.tensor import id_vector, to_host
 
-Values = np.ndarray[Any, Any]
-Rows = npt.NDArray[np.int64]
 
-
-class FeatureStore:
+class FeatureStore(StoreReader):
     """Features of clips in several views, grouped in phases (one a model version), as plain Zarr v3 underneath.
 
     A phase shows its last commit and nothing else, whatever happens to its writer; readers map the files and need no
@@ -172,80 +164,6 @@ class FeatureStore:
         views = ", ".join(f"{name} {dim}" for name, dim in self.views.items())
         return f"FeatureStore({str(self.path)!r}, phase={self.phase!r}, {self.rows} clips, {views})"
 
-    @property
-    def rows(self) -> int:
-        """Clips committed in the current phase."""
-        return self._at(None).record.rows
-
-    @property
-    def views(self) -> dict[str, int]:
-        """View to width, of the current phase."""
-        return {name: view.dim for name, view in self._at(None).record.views.items()}
-
-    @property
-    def columns(self) -> dict[str, str]:
-        """Column to type, of the current phase, the built-in ones included."""
-        return {name: column.type for name, column in self._at(None).record.columns.items()}
-
-    @property
-    def phases(self) -> tuple[str, ...]:
-        """All phases, oldest first."""
-        return phase_names(self.path)
-
-    @property
-    def commit(self) -> int:
-        """The number of the current phase's last commit."""
-        return self._at(None).record.commit
-
-    @property
-    def sealed(self) -> bool:
-        """Whether the current phase is final."""
-        return self._at(None).record.sealed
-
-    def count(self, phase: str | None = None, at: int | None = None) -> int:
-        """Clips committed in a phase, now or at an older commit."""
-        return self._at(phase).rows(at)
-
-    def identity(self, phase: str | None = None) -> tuple[Path, str, int, bool]:
-        """A phase's folder, its uid for good, its last commit, and whether it is sealed."""
-        held = self._at(phase)
-        return held.folder, held.record.uid, held.record.commit, held.record.sealed
-
-    def float16_lossless(self, phase: str | None = None) -> dict[str, bool]:
-        """Which float32 views hold nothing that float16 would round: half the space would hold the same."""
-        return {name: bool(view.float16_lossless) for name, view in self._at(phase).record.views.items()}
-
-    def coverage(self) -> dict[str, dict[str, int]]:
-        """How many clips have each view, by phase."""
-        return {
-            phase: {view: int(self.present(view, phase=phase).sum()) for view in self._at(phase).record.views}
-            for phase in self.phases
-        }
-
-    def missing(self, view: str, *, phase: str | None = None, of: str | None = None) -> Rows:
-        """The ids of clips without a view in a phase, ascending.
-
-        Args:
-            view: the view.
-            phase: where it is looked for; the current phase by default.
-            of: the phase whose clips are asked about; `phase` itself by default.
-        """
-        held = self._at(phase)
-        asked = np.asarray(self._at(of or phase).column("clip_id"))
-        if view not in held.record.views:
-            return np.sort(asked)
-        there = np.asarray(held.column("clip_id"))[held.present(view)]
-        found: Rows = np.setdiff1d(asked, there)
-        return found
-
-    def model(self, phase: str | None = None) -> str | None:
-        """What computed a phase's features, as it was told when the phase was made."""
-        return self._at(phase).record.model
-
-    def log(self, phase: str | None = None) -> list[Commit]:
-        """All commits of a phase, oldest first; their numbers are what `at` takes."""
-        return self._at(phase).log
-
     def append(
         self,
         views: Mapping[str, object],
@@ -324,28 +242,10 @@ class FeatureStore:
 
     def like(self, path: str | os.PathLike[str], *, durability: Durability = "commit") -> FeatureStore:
         """A new, empty store with the views, types and columns of the current phase."""
-        record = self._at(None).record
-        store = empty_record(
-            phase=self.phase,
-            uid=uuid.uuid4().hex,
-            views={name: replace(view, float16_lossless=None) for name, view in record.views.items()},
-            columns={name: each.type for name, each in record.columns.items() if name not in BUILT_IN},
-            chunk_bytes=max(record.arrays[view].chunk_bytes for view in record.views),
-        )
         root = Path(path)
         root.parent.mkdir(parents=True, exist_ok=True)
-        make_store(root, store)
+        make_store(root, emptied(self._at(None).record))
         return FeatureStore.open(root, mode="a", durability=durability)
-
-    def coded(self, name: str, *, phase: str | None = None, at: int | None = None) -> Values | Categorical:
-        """A column's values (n,), mapped; text as codes with their meaning."""
-        return self._at(phase).column(name, at)
-
-    def schema(self, phase: str | None = None) -> tuple[dict[str, int], dict[str, str]]:
-        """The views with their widths and the columns with their types of any phase."""
-        record = self._at(phase).record
-        views = {name: view.dim for name, view in record.views.items()}
-        return views, {name: column.type for name, column in record.columns.items()}
 
     def fill(self, view: str, clip_id: object, value: object) -> None:
         """Give clips a view that they are missing, in one commit.
@@ -440,158 +340,25 @@ class FeatureStore:
         Raises:
             StoreError: there is a phase of that name, or the disk refuses.
         """
-        record = self._at(None).record
-        kinds = {view: about.dtype for view, about in record.views.items()}
-        own = {column: about.type for column, about in record.columns.items() if column not in BUILT_IN}
+        own = emptied(self._at(None).record)
+        kinds = {view: about.dtype for view, about in own.views.items()}
         described = check_views(views or self.views, dtype or kinds, normalise=bool(normalise))
         if normalise is None:
-            was = {view for view, about in record.views.items() if about.normalised}
+            was = {view for view, about in own.views.items() if about.normalised}
             described = {view: replace(about, normalised=view in was) for view, about in described.items()}
+        types = {column: about.type for column, about in own.columns.items() if column not in BUILT_IN}
         fresh = empty_record(
             phase=check_phase(name),
-            uid=uuid.uuid4().hex,
+            uid=own.uid,
             views=described,
-            columns=check_columns(own if columns is None else columns, described),
-            chunk_bytes=max(record.arrays[view].chunk_bytes for view in record.views),
+            columns=check_columns(types if columns is None else columns, described),
+            chunk_bytes=max(own.arrays[view].chunk_bytes for view in own.views),
             parent=self.phase,
             model=model,
             preprocessing=preprocessing,
         )
         make_phase(self.path, fresh)
         return FeatureStore.open(self.path, mode="a", phase=name, durability=durability)
-
-    def features(self, view: str, *, phase: str | None = None, at: int | None = None) -> Values:
-        """All features of a view (n, D), mapped, read-only; NaN where a clip does not have it."""
-        return self._at(phase).features(view, at)
-
-    def present(self, view: str, *, phase: str | None = None, at: int | None = None) -> npt.NDArray[np.bool_]:
-        """Which clips (n,) have a view."""
-        return self._at(phase).present(view, at)
-
-    def column(self, name: str, *, phase: str | None = None, at: int | None = None) -> Values:
-        """A column's values (n,): int64, float64, bool or texts."""
-        values = self._at(phase).column(name, at)
-        return np.asarray(values)
-
-    def rows_of(self, clip_id: object, *, phase: str | None = None) -> Rows:
-        """The rows (b,) that clips are in."""
-        ids = id_vector(clip_id, "clip_id", len(to_host(clip_id, "clip_id")))
-        return self._at(phase).rows_of(ids)
-
-    def gather(
-        self, view: str, rows: object, *, phase: str | None = None, at: int | None = None, prefetch: bool = False
-    ) -> Values:
-        """A copy (b, D) of some rows of a view.
-
-        Args:
-            view: the view.
-            rows: (b,) row numbers.
-            phase: the current one by default.
-            at: a commit.
-            prefetch: ask for all rows at once before reading the first: much faster where they are not in memory,
-                a little slower where they are.
-        """
-        values = self._at(phase).features(view, at)
-        chosen = id_vector(rows, "rows", len(to_host(rows, "rows")))
-        if len(chosen) and not (chosen.min() >= 0 and chosen.max() < len(values)):
-            raise InvalidInput(f"rows: expected rows from 0 to {len(values) - 1}, got {chosen.min()} to {chosen.max()}")
-        if prefetch:
-            prefetch_rows(values, chosen)
-        found: Values = values.take(chosen, axis=0)
-        return found
-
-    def matching(
-        self,
-        where: str | None = None,
-        *,
-        views: tuple[str, ...] = (),
-        phase: str | None = None,
-        at: int | None = None,
-    ) -> Rows | None:
-        """The rows of clips that have all `views` and fulfil a condition, ascending; None means all rows.
-
-        Raises:
-            InvalidInput: the condition cannot be read; the position is named.
-        """
-        held, count = self._at(phase), self._at(phase).rows(at)
-        chosen: npt.NDArray[np.bool_] | None = None
-        if where is not None:
-            chosen = filtering.mask(
-                where,
-                count,
-                column=lambda name: held.column(name, at),
-                has=lambda view: held.present(view, at),
-                names=tuple(held.record.columns),
-            )
-        for view in views:
-            there = held.present(view, at)
-            if not there.all():
-                chosen = there if chosen is None else chosen & there
-        return None if chosen is None or chosen.all() else np.flatnonzero(chosen)
-
-    def bank(
-        self,
-        views: str | tuple[str, ...] | list[str] | None = None,
-        *,
-        phase: str | None = None,
-        where: str | None = None,
-        at: int | None = None,
-        metric: Metric = "ip",
-        device: str | None = None,
-        keep: bool | None = None,
-    ) -> Bank:
-        """The clips that have all of `views` as a bank: mapped without a copy where that is all, gathered otherwise.
-
-        Args:
-            views: one view or several; all by default.
-            phase: the current one by default.
-            where: a condition on columns, see `cascade_engine.store.filtering`.
-            at: a commit number; the last one by default.
-            metric: of the bank.
-            device: a torch device, for tensors (``"cpu"`` shares the mapped memory); NumPy arrays by default.
-            keep: of a bank of all clips, keep on disk beside the phase what the CPU backend prepares for mining, map it
-                there, and hold what is mapped to a fixed amount of memory; by default for views of 2^28 values and
-                more. Otherwise it is made in memory, in every process.
-
-        Raises:
-            NotFound: a view, phase or commit that is not there.
-            InvalidInput: the condition cannot be read; the position is named.
-        """
-        held = self._at(phase)
-        names = (views,) if isinstance(views, str) else tuple(views or held.record.views)
-        rows = self.matching(where, views=names, phase=phase, at=at)
-
-        def part(values: Any) -> Any:
-            if rows is None:
-                return values
-            return values.take(rows) if isinstance(values, Categorical) else gather_rows(values, rows)
-
-        label = part(held.column("label", at)) if "label" in held.record.columns else None
-        ids = {name: part(held.column(name, at)) for name in ("video_id", "clip_id")}
-        keys = {name: part(held.features(name, at)) for name in names}
-        whole = rows is None and device in (None, "cpu")
-        prepared = Prepared(shelf_of(held, at, names, metric, keep) if whole else None)
-        if device is not None:
-            keys = {name: _tensor(values, device) for name, values in keys.items()}
-            ids = {name: _tensor(values, device) for name, values in ids.items()}
-        return Bank(
-            keys,
-            ids["video_id"],
-            clip_id=ids["clip_id"],
-            label=label,
-            metric=metric,
-            checked=True,
-            prepared=prepared,
-        )
-
-    def verify(self, phase: str | None = None, progress: Callable[[int], None] = lambda _: None) -> list[Problem]:
-        """Compare the bytes on disk with the checksums of what was committed; an empty list means all is well.
-
-        Args:
-            phase: one phase; all by default.
-            progress: called with the bytes just checked.
-        """
-        return verify(self.path, None if phase is None else (phase,), progress)
 
     def refresh(self) -> None:
         """Move a reader on to the last commit."""
@@ -643,16 +410,3 @@ def _from_afar(url: str, mode: str, phase: str | None) -> FeatureStore:
 def _require_new(index: ClipIndex, batch: Batch) -> None:
     if len(again := index.duplicates(batch.rows["clip_id"])):
         raise InvalidInput(f"clip_id: expected new clips, got clip {int(again[0])} again")
-
-
-def _tensor(values: Values, device: str) -> Any:
-    """A torch tensor of mapped values; on the CPU it shares their memory, which cannot be written to."""
-    import warnings
-
-    import torch
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # torch warns that the memory is read-only; so is a bank
-        if values.dtype.name == "bfloat16":
-            return torch.from_numpy(values.view(np.int16)).view(torch.bfloat16).to(device)
-        return torch.from_numpy(values).to(device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import uuid
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -192,4 +193,15 @@ def empty_record(
         columns={name: Column(type=kind, versions=((0, name),)) for name, kind in kinds.items()},
         arrays={spec.path: spec for spec in specs},
         tails={spec.path: Tail() for spec in specs},
+    )
+
+
+def emptied(record: Record) -> Record:
+    """The record of a new, empty phase with the views, types and columns of another, and its name."""
+    return empty_record(
+        phase=record.phase,
+        uid=uuid.uuid4().hex,
+        views={name: replace(view, float16_lossless=None) for name, view in record.views.items()},
+        columns={name: each.type for name, each in record.columns.items() if name not in BUILT_IN},
+        chunk_bytes=max(record.arrays[view].chunk_bytes for view in record.views),
     )
