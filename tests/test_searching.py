@@ -140,6 +140,23 @@ def test_an_approximate_first_stage_is_measured_and_refused_when_stale(held, tmp
         open_index(store, "rgb", kind)
 
 
+def test_an_index_that_cannot_be_kept_serves_and_it_is_said(held, tmp_path, monkeypatch, caplog):
+    faiss = pytest.importorskip("faiss")
+    path, table = held
+    shutil.copytree(path, tmp_path / "s")
+    store = ce.FeatureStore.open(tmp_path / "s")
+
+    def refuse(*_):
+        raise RuntimeError("could not open for writing")
+
+    monkeypatch.setattr(faiss, "write_index", refuse)
+    built = build_index(store, "rgb", "ivf", generator=np.random.default_rng(4))
+    assert "the ivf index of rgb serves this process and is not kept (could not open for writing)" in caplog.text
+    assert (built.candidates(table["rgb"][:3], 5) >= 0).any()
+    with pytest.raises(NotFound, match="build one first"):
+        open_index(store, "rgb", "ivf")
+
+
 def test_an_index_needs_a_sealed_phase(tmp_path):
     pytest.importorskip("faiss")
     rng = np.random.default_rng(2)

@@ -1,5 +1,6 @@
 """`cascade store`, as it is called."""
 
+import errno
 import json
 
 import numpy as np
@@ -173,3 +174,12 @@ def test_a_missing_package_is_said_with_what_brings_it(package, extra):
     hint = main._hint(ModuleNotFoundError(f"No module named {package!r}", name=package))
     assert hint == f"; pip install 'cascade-engine[{extra}]' brings it"
     assert main._hint(ModuleNotFoundError("No module named 'x'", name="x")) == main._hint(OSError("x")) == ""
+
+
+def test_a_disk_that_refuses_is_said_by_gc(path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EROFS, "Read-only file system", "writer.lock")
+
+    monkeypatch.setattr("cascade_engine.store.cleaning.take_lock", refuse)
+    with pytest.raises(StoreError, match=r"cannot clean up: Read-only file system \(writer.lock\)"):
+        call("gc", path)

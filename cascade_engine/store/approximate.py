@@ -99,6 +99,8 @@ def build_index(
 ) -> Approximate:
     """Build an index of a view of a sealed phase for inner products, measure its recall, and keep it beside the phase.
 
+    Where the disk refuses it serves this process all the same, and a warning says so.
+
     Args:
         store: the store.
         view: the view; every clip must have it.
@@ -127,12 +129,10 @@ def build_index(
     exact = mine(CascadePlan.parse(f"{view}:{k}"), {view: keys[chosen]}, bank).index
     found = Approximate(index, about, on_gpu).nearest(keys[chosen], exact.shape[1])
     about = replace(about, recall=float((exact[:, :, None] == found[:, None, :]).any(axis=2).mean()))
-    data, described = _files(folder, view, kind)
-    temporary = data.with_name(data.name + ".new")
-    faiss.write_index(index, str(temporary))
-    described.unlink(missing_ok=True)
-    temporary.rename(data)
-    write_whole(LocalFiles(), described, json.dumps(asdict(about)).encode(), sync=True)
+    try:
+        _keep(faiss, index, about, folder)
+    except (OSError, RuntimeError) as error:  # faiss has no error of its own for files
+        log.warning("%s: the %s index of %s serves this process and is not kept (%s)", folder, kind, view, error)
     return Approximate(index, about, on_gpu)
 
 
@@ -157,6 +157,15 @@ def open_index(store: FeatureStore, view: str, kind: Kind = "hnsw", *, phase: st
         )
     index = faiss.read_index(str(data))
     return Approximate(index, about, _moved(faiss, index, kind))
+
+
+def _keep(faiss: Any, index: Any, about: Measured, folder: Path) -> None:
+    data, described = _files(folder, about.view, about.kind)
+    temporary = data.with_name(data.name + ".new")
+    faiss.write_index(index, str(temporary))
+    described.unlink(missing_ok=True)
+    temporary.rename(data)
+    write_whole(LocalFiles(), described, json.dumps(asdict(about)).encode(), sync=True)
 
 
 def _filled(faiss: Any, keys: npt.NDArray[Any], kind: Kind) -> tuple[Any, Any]:

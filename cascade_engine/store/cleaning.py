@@ -6,6 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
+from cascade_engine.errors import StoreError
 from cascade_engine.store.creating import phase_names, read_root
 from cascade_engine.store.locking import take_lock
 from cascade_engine.store.record import Record, read_record
@@ -22,6 +23,7 @@ def clean(root: Path, *, dry_run: bool = False) -> list[tuple[Path, int]]:
 
     Raises:
         StoreLocked: a writer is at work; what looks left behind may be its.
+        StoreError: the disk refuses.
     """
     read_root(root)
     gone = [(each, _bytes(each)) for each in root.parent.glob(f"{root.name}.new-*") if not _runs(each)]
@@ -36,6 +38,8 @@ def clean(root: Path, *, dry_run: bool = False) -> list[tuple[Path, int]]:
         if not dry_run:
             for path, _ in gone:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
+    except OSError as error:
+        raise StoreError(f"{root}: cannot clean up: {error.strerror} ({error.filename})") from error
     finally:
         for lock in locks:
             os.close(lock)
