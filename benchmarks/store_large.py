@@ -20,7 +20,7 @@ from cascade_engine.store.reading import Values
 
 PLAN = "x:10"
 WHERE = "label == 'l7' and start >= 10"
-BATCH = 32
+BATCH, MANY = 32, 256
 _TOGETHER = 100_000
 _VIDEO = 10  # clips of a video
 
@@ -33,6 +33,7 @@ class Use:
         open: to open the store and map the view and its columns.
         filter: to find the rows that fulfil `WHERE`.
         mine: for each batch of `BATCH` queries in turn; the first one prepares the bank, or checks what is kept.
+        many: for a batch of `MANY` queries after those.
         peak: the most that was resident at any time, mapped files included (VmHWM).
         anonymous: of what was resident in the end, that which is no file's (RssAnon).
         kept: the files beside the phase.
@@ -42,6 +43,7 @@ class Use:
     open: float
     filter: float
     mine: tuple[float, ...]
+    many: float
     peak: float
     anonymous: float
     kept: float
@@ -112,11 +114,12 @@ def use(path: str) -> None:
     filtered = perf_counter()
     assert bank.video_id is not None
     seconds, answer = [], None
-    for _ in range(3):
-        rows, queries = _queries(bank.keys["x"])
+    for count in (BATCH, BATCH, BATCH, MANY):
+        rows, queries = _queries(bank.keys["x"], count)
         began_batch = perf_counter()
-        answer = mine(CascadePlan.parse(PLAN), {"x": queries}, bank, bank.video_id[rows], backend="cpu").index
+        found = mine(CascadePlan.parse(PLAN), {"x": queries}, bank, bank.video_id[rows], backend="cpu").index
         seconds.append(perf_counter() - began_batch)
+        answer = found if answer is None else answer
     folder = store.identity()[0] / "commits" / "aside"
     memory = _memory()
     print(
@@ -124,7 +127,8 @@ def use(path: str) -> None:
             {
                 "open": opened - began,
                 "filter": filtered - opened,
-                "mine": seconds,
+                "mine": seconds[:-1],
+                "many": seconds[-1],
                 "peak": memory["VmHWM"] / 1e3,
                 "anonymous": memory["RssAnon"] / 1e3,
                 "kept": sum(file.stat().st_size for file in folder.glob("*.packed")) / 1e6,
@@ -139,7 +143,7 @@ def check(path: Path, answer: Values, rows: int, dim: int) -> None:
     """Compare the first queries' answers with a search in float64."""
     store = FeatureStore.open(path)
     keys, video = store.features("x"), store.column("video_id")
-    slots, queries = _queries(keys)
+    slots, queries = _queries(keys, BATCH)
     some = 4
     scores = np.empty((some, rows))
     for start in range(0, rows, _TOGETHER):
@@ -152,8 +156,8 @@ def check(path: Path, answer: Values, rows: int, dim: int) -> None:
             raise CascadeError(f"large store: query {query} was answered wrongly")
 
 
-def _queries(keys: Values) -> tuple[Values, Values]:
-    rows = np.random.default_rng(1).choice(len(keys), BATCH, replace=False)
+def _queries(keys: Values, count: int) -> tuple[Values, Values]:
+    rows = np.random.default_rng(1).choice(len(keys), count, replace=False)
     return rows, np.asarray(keys[rows], np.float32)
 
 

@@ -76,7 +76,8 @@ def _large(place: Path, rows: int, dim: int, step: Callable[[str], None], to: Pa
         batches = ", ".join(f"{seconds:.2f}" for seconds in each.mine)
         click.echo(
             f"{name:10} open {each.open * 1e3:.0f} ms  filter {each.filter:.2f} s ({each.rows:,} clips)"
-            f"  batches {batches} s  resident at most {each.peak:,.0f} MB, of it anonymous in the end"
+            f"  batches {batches} s  one of {store_large.MANY} queries {each.many:.2f} s"
+            f"  resident at most {each.peak:,.0f} MB, of it anonymous in the end"
             f" {each.anonymous:,.0f} MB  kept on disk {each.kept:,.0f} MB"
         )
     if to is not None:

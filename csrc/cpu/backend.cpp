@@ -16,6 +16,9 @@ constexpr int64_t packing_pays_from = 16;      // queries: packing costs about a
 constexpr int64_t turns_before_learning = 16;  // of a queue: features drift in training, and with them their mean
 constexpr int64_t few_of_many = 16;            // a stage that keeps at most 1 in 16 is worth 8-bit scores
 constexpr int64_t most_dims8 = 1 << 16;        // 128 * 127 times as much fits the 32 bits of their sums
+// A row that is picked out of a mapped file is taken to map so much: of rows that lie together each one maps less, and
+// of rows far apart up to a whole folio.
+constexpr int64_t picked_row = 4 * Residency::around;
 
 // Each part takes a run of consecutive queries.
 template <class Work>
@@ -82,7 +85,7 @@ const Packed8& Bank::packed8(std::span<const int32_t> views, const Control& cont
 template <class Use>
 void Bank::in_reach(int64_t count, int64_t reach, const Use& use) const {
   if (shelf_ == nullptr) return use(int64_t{0}, count);
-  constexpr int64_t together = 4096;
+  constexpr int64_t together = 256;
   for (int64_t done = 0; done < count; done += together) {
     const int64_t some = std::min(together, count - done);
     use(done, some);
@@ -93,14 +96,14 @@ void Bank::in_reach(int64_t count, int64_t reach, const Use& use) const {
 void Bank::dots(const double* query, int32_t view, const int64_t* keys, int64_t first, int64_t count,
                 double* out) const {
   const Matrix& matrix = views_[view];
-  const int64_t reach = keys != nullptr ? Residency::around : matrix.stride * size_of(matrix.dtype);
+  const int64_t reach = keys != nullptr ? picked_row : matrix.stride * size_of(matrix.dtype);
   in_reach(count, reach, [&](int64_t done, int64_t some) {
     kernels_->dots(query, matrix, keys != nullptr ? keys + done : nullptr, first + done, some, out + done);
   });
 }
 
 void Bank::dots_float(const float* query, int32_t view, const int64_t* keys, int64_t count, float* out) const {
-  in_reach(count, Residency::around, [&](int64_t done, int64_t some) {
+  in_reach(count, picked_row, [&](int64_t done, int64_t some) {
     kernels_->dots_float(query, views_[view], keys + done, some, out + done);
   });
 }

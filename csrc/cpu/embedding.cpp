@@ -54,7 +54,7 @@ Embedding::Embedding(std::span<const Matrix> bank, Metric metric, std::vector<in
   }
 }
 
-void Embedding::learn(Side& side) const {
+void Embedding::learn(Side& side, Residency* residency) const {
   const int64_t rows = side.keys.rows, step = std::max<int64_t>(1, rows / sample_rows);
   std::vector<double> row, mean(side.keys.columns, 0.0);
   double before = 0, after = 0, count = 0;
@@ -64,6 +64,7 @@ void Embedding::learn(Side& side) const {
       row.resize(side.keys.columns);
       if (metric_ == Metric::cosine) normalise(row);
       use();
+      if (residency != nullptr) residency->touched(Residency::folio);  // rows far apart, of a piece each
     }
   };
   each([&] {

@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "core/views.hpp"
+#include "cpu/residency.hpp"
 
 namespace cascade::cpu {
 
@@ -26,9 +27,9 @@ class Embedding {
   // `views` side by side. Afterwards either `learn` or `parameters` must say what m, w and h are.
   Embedding(std::span<const Matrix> bank, Metric metric, std::vector<int32_t> views);
 
-  // Learns m, w and h from a sample of the keys.
-  void learn() {
-    for (Side& side : sides_) learn(side);
+  // Learns m, w and h from a sample of the keys; where they are in mapped files, `residency` is told.
+  void learn(Residency* residency) {
+    for (Side& side : sides_) learn(side, residency);
   }
 
   // Calls `use(double&)` for everything that was learned, to write it down or to take it over.
@@ -79,7 +80,7 @@ class Embedding {
     int64_t offset = 0;          // where this view's coordinates start
   };
 
-  void learn(Side& side) const;
+  void learn(Side& side, Residency* residency) const;
   void place(const Side& side, const double* row, double* out) const;
   void turn(double* vector) const;
 

@@ -135,7 +135,7 @@ Packed16::Packed16(std::span<const Matrix> bank, Metric metric, std::vector<int3
       return;
     }
   }
-  embedding_.learn();
+  embedding_.learn(shelf != nullptr ? &shelf->residency() : nullptr);
   measure(control, shelf);
   std::vector<double> residuals(std::max(1, control.threads), 0.0);
   const auto clear = [&](int64_t begin, int64_t end) {
@@ -239,8 +239,8 @@ Packed8::Packed8(std::span<const Matrix> bank, Metric metric, std::vector<int32_
       return;
     }
   }
-  embedding_.learn();
-  choose_rotation();
+  embedding_.learn(shelf != nullptr ? &shelf->residency() : nullptr);
+  choose_rotation(shelf);
   measure(control, shelf);
   const auto clear = [&](int64_t begin, int64_t end) {
     std::fill(bytes_.data() + begin * steps_ * lanes8 * 4, bytes_.data() + end * steps_ * lanes8 * 4, uint8_t{128});
@@ -279,7 +279,7 @@ void Packed8::measure(const Control& control, Shelf* shelf) {
 }
 
 // Rotating costs time when packing and when querying, so only where it makes the largest coordinates clearly smaller.
-void Packed8::choose_rotation() {
+void Packed8::choose_rotation(Shelf* shelf) {
   Embedding turned = embedding_;
   turned.rotate();
   std::vector<double> y(embedding_.dims());
@@ -287,6 +287,7 @@ void Packed8::choose_rotation() {
   const int64_t step = std::max<int64_t>(1, layout_.keys / 256);
   for (int64_t row = 0; row < layout_.keys; row += step) {
     embedding_.key(row, y.data());
+    passed(shelf, 1, Residency::folio);
     const double norm = length(y.data(), embedding_.dims());
     if (!(norm > 0)) continue;
     plain += largest(y.data(), embedding_.dims()) / norm;

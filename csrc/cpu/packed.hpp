@@ -121,7 +121,7 @@ class Packed8 {
   double pack(int64_t row, double* y);
   double squared_half_run(const int8_t* integers) const;
   void start_query(const int8_t* bytes, int32_t* start) const;
-  void choose_rotation();
+  void choose_rotation(Shelf* shelf);
 
   std::unique_ptr<KeptFile> file_;  // what the buffers lie in, or null
   Embedding embedding_;

@@ -17,7 +17,8 @@ namespace cascade::cpu {
 class Residency {
  public:
   static constexpr int64_t budget = int64_t{96} << 20;
-  static constexpr int64_t around = int64_t{64} << 10;  // Linux maps so much around an address that is touched
+  static constexpr int64_t around = int64_t{64} << 10;  // Linux maps so much around an address that is touched,
+  static constexpr int64_t folio = int64_t{2} << 20;    // or, where its cache holds larger pieces, a whole piece
 
   // `begin` starts a page of a file that is mapped shared: of private memory the contents would be lost.
   void watch(void* begin, int64_t bytes) {
