@@ -170,6 +170,21 @@ def test_every_preset_equals_the_reference(preset, family):
             np.testing.assert_array_equal(found.similarity, want.similarity)
 
 
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_a_few_of_a_bank_large_enough_for_8_bits_everywhere(family):
+    rng = np.random.default_rng(6)
+    plan = ce.CascadePlan.parse("a:200,b:7")
+    both = {view: FAMILIES[family](rng, 9020, dim) for view, dim in (("a", 40), ("b", 12))}
+    keys, queries = {v: x[:9000] for v, x in both.items()}, {v: x[9000:] for v, x in both.items()}
+    bank, exclude = ce.Bank(keys, rng.integers(0, 90, 9000)), rng.integers(0, 90, 20)
+    want = ce.mine(plan, queries, bank, exclude, backend="reference")
+    for name in ISAS:
+        with isa(name):
+            found = ce.mine(plan, queries, bank, exclude, backend="cpu")
+            np.testing.assert_array_equal(found.index, want.index)
+            np.testing.assert_array_equal(found.similarity, want.similarity)
+
+
 def test_an_unknown_or_missing_isa_is_refused():
     bank, plan = ce.Bank({"a": np.ones((3, 2), np.float32)}), ce.CascadePlan.parse("a:1")
     with isa("mmx"), pytest.raises(BackendUnavailable, match="CASCADE_ISA=mmx: expected one of"):

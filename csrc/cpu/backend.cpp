@@ -41,6 +41,7 @@ int64_t bytes_of(const Matrix& matrix) { return matrix.rows * matrix.stride * si
 // kept pass, and each costs a product of D values. Where 8 bits are not much faster than 16 that decides.
 bool is_worth_8_bits(const Bank& bank, const Stage& stage) {
   constexpr int64_t usual_dims = 128;
+  if (bank.size() < bank.kernels().fewest8) return false;
   int64_t dims = 0;
   for (const int32_t view : stage.views) dims += bank.views()[view].columns;
   const int64_t crowding = bank.kernels().sums_runs ? std::max<int64_t>(1, dims / usual_dims) : 1;

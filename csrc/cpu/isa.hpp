@@ -102,6 +102,7 @@ struct Kernels {
                     uint64_t* lanes);       // [6]: the lanes that reach `least`
   int most8;                                // the largest byte of a query
   bool sums_runs;                           // sums products of `run8` steps in 16 bits, not all in 32
+  int64_t fewest8;                          // a smaller bank takes 16 bits: a query's preparation costs more than tiles
 
   // The loss's scores of 32 queries and some keys: inner products in float32, divided by the temperature.
   void (*scores32)(const float* queries,       // [D, 32]

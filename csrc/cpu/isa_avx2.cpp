@@ -298,6 +298,7 @@ const Kernels& avx2_kernels() {
       .tile8 = avx2::tile8,
       .most8 = 64,
       .sums_runs = true,
+      .fewest8 = 8192,
       .scores32 = contrast::scores32<Floats8>,
       .absorb32 = contrast::absorb32<Floats8>,
   };

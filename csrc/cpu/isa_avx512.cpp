@@ -316,6 +316,7 @@ const Kernels& avx512_kernels() {
       .tile8 = tile8,
       .most8 = 127,
       .sums_runs = false,
+      .fewest8 = 0,
       .scores32 = contrast::scores32<Floats16>,
       .absorb32 = contrast::absorb32<Floats16>,
   };

@@ -92,6 +92,7 @@ const Kernels& neon_kernels() {
       .tile8 = nullptr,
       .most8 = 0,
       .sums_runs = false,
+      .fewest8 = 0,
       .scores32 = contrast::scores32<Floats4>,
       .absorb32 = contrast::absorb32<Floats4>,
   };
