@@ -39,7 +39,7 @@ def _choices(function: Callable[..., None]) -> Callable[..., None]:
         click.option("--train", "train_split", default="train", show_default=True, help="The split learnt from."),
         click.option("--kind", default="backbone", show_default=True, type=click.Choice(KINDS), help="Which features."),
         click.option("--phase", help="After which phase; the last one by default, 'initial' for random weights."),
-        click.option("--view", help="The run's first view by default."),
+        click.option("--view", help="The run's first view by default; rgb+flow: two streams."),
         click.argument("run", type=click.Path(path_type=Path)),
     ):
         function = option(function)

@@ -11,6 +11,7 @@ from click.testing import CliRunner
 
 import cascade_engine as ce
 from cascade_engine.errors import InvalidInput
+from cascade_engine.evaluation.features import side_by_side
 from cascade_engine.evaluation.mining import mining
 from cascade_engine.evaluation.neighbours import retrieval
 from cascade_engine.evaluation.of_run import collect, windows_of
@@ -60,6 +61,21 @@ def test_raw_pixels_are_a_baseline_that_sees_colour(run):
     frames = cache.frames("rgb", int(table.row[row]), int(table.start_frame[row]), table.clip_length)[::2]
     assert splits.test.values[0].mean() == pytest.approx(frames.mean(), abs=0.5)
     assert retrieval(splits.test, splits.train).figures["R@1"] == 1.0
+
+
+def test_two_streams_add_the_similarities_of_their_views(run):
+    streams = collect(run, "rgb+residual")
+    views = [collect(run, view) for view in ("rgb", "residual")]
+    added = sum(
+        view.test.per_video().normalised().values @ view.train.per_video().normalised().values.T for view in views
+    )
+    assert streams.of["view"] == "rgb+residual"
+    assert len(streams.test) == len(np.unique(views[0].test.video_id))
+    assert np.abs(streams.test.values @ streams.train.values.T - added).max() < 1e-5
+    with pytest.raises(InvalidInput, match="the same videos"):
+        side_by_side([views[0].test, views[1].train])
+    told = json.loads(cascade("eval", "retrieval", run.folder, "--view", "rgb+residual", "--json"))
+    assert told["figures"] == retrieval(streams.test, streams.train).figures
 
 
 def test_what_a_run_does_not_have_is_refused_by_name(run):

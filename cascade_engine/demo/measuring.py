@@ -41,19 +41,29 @@ class Row:
 
 
 def measure(run: Run) -> list[Row]:
-    """For every view a row for raw pixels, for the random weights the run began with, and for each of its phases."""
+    """For every view a row for raw pixels, for the random weights the run began with, and for each of its phases.
+
+    Where there are several views, the same for all of them side by side, without mining and after the last phase alone.
+    """
     rows = []
+    floors: list[tuple[str, str | None, Kind]] = [(RAW, None, "pixels"), (RANDOM, INITIAL, "backbone")]
     for view in run.views:
-        wanted: list[tuple[str, str | None, Kind]] = [(RAW, None, "pixels"), (RANDOM, INITIAL, "backbone")]
-        wanted += [(phase, phase, "backbone") for phase in run.phases if run.trained_in(view, phase) == phase]
-        for name, phase, kind in wanted:
-            splits = collect(run, view, phase=phase, kind=kind)
-            found = retrieval(splits.test, splits.train, ks=(1, 5)).figures
+        trained = [phase for phase in run.phases if run.trained_in(view, phase) == phase]
+        for name, phase, kind in floors + [(each, each, "backbone") for each in trained]:
             compared: Kind = "pixels" if kind == "pixels" else "projection"
             mined = {each: collect(run, each, phase=phase, kind=compared).train for each in run.views}
-            mining = mining_precision(view, mined)
-            rows.append(Row(features=name, view=view, first=found["R@1"], fifth=found["R@5"], mining=mining))
+            rows.append(_row(run, view, name, phase, kind, mining_precision(view, mined)))
+    if len(run.views) > 1:
+        last = run.phases[-1]
+        streams = "+".join(run.views)
+        rows += [_row(run, streams, *each, {}) for each in [*floors, (last, last, "backbone")]]
     return rows
+
+
+def _row(run: Run, view: str, name: str, phase: str | None, kind: Kind, mining: dict[str, float]) -> Row:
+    splits = collect(run, view, phase=phase, kind=kind)
+    found = retrieval(splits.test, splits.train, ks=(1, 5)).figures
+    return Row(features=name, view=view, first=found["R@1"], fifth=found["R@5"], mining=mining)
 
 
 def mining_precision(trainee: str, features: Mapping[str, FeatureSet]) -> dict[str, float]:
@@ -77,7 +87,7 @@ def mining_precision(trainee: str, features: Mapping[str, FeatureSet]) -> dict[s
 
 
 def remarks(rows: Sequence[Row]) -> list[str]:
-    """Where a view's last phase does not beat raw pixels, random weights or its first phase (InfoNCE), said plainly."""
+    """Where a last phase does not beat raw pixels, random weights or the view's first phase (InfoNCE), said plainly."""
     said = []
     for view in dict.fromkeys(row.view for row in rows):
         *others, last = [row for row in rows if row.view == view]

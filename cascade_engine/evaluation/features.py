@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -67,6 +68,21 @@ class FeatureSet:
         values = values - values.mean(axis=0)
         length = np.linalg.norm(values, axis=1, keepdims=True)
         return replace(self, values=(values / np.where(length > 0, length, 1)).astype(np.float32))
+
+
+def side_by_side(views: Sequence[FeatureSet]) -> FeatureSet:
+    """Several views of the same videos as one: each as retrieval prepares it, so that similarities add up.
+
+    Raises:
+        InvalidInput: sets of other videos.
+
+    Source: Han et al., NeurIPS 2020, section 4.1 (two-stream retrieval: the views' similarities averaged).
+    """
+    ready = [view.per_video().normalised() for view in views]
+    for each in ready[1:]:
+        if not np.array_equal(each.video_id, ready[0].video_id) or each.classes != ready[0].classes:
+            raise InvalidInput("views: expected the same videos and classes in every view, got others")
+    return replace(ready[0], values=np.concatenate([each.values for each in ready], axis=1))
 
 
 def require_comparable(test: FeatureSet, train: FeatureSet) -> None:

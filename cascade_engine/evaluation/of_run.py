@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from cascade_engine.errors import InvalidInput
-from cascade_engine.evaluation.features import F32, I64, FeatureSet
+from cascade_engine.evaluation.features import F32, I64, FeatureSet, side_by_side
 from cascade_engine.store import FeatureStore
 from cascade_engine.training.extraction import encode
 from cascade_engine.training.run import BACKBONE, INITIAL, Run
@@ -52,7 +52,7 @@ def collect(
 
     Args:
         run: the run.
-        view: one of its views.
+        view: one of its views, or several joined by ``+``: two streams, a row for each video (see `side_by_side`).
         phase: whose features; the last one done by default; ``"initial"``: random weights, as before training.
         kind: the backbone's features, the projection that mining compares, or the pixels themselves, scaled down.
         train_split: the split that is searched and learnt from.
@@ -62,6 +62,16 @@ def collect(
         InvalidInput: no such view, phase or split, or a split without labelled windows.
         StoreError: the run's store or cache cannot be read.
     """
+    if "+" in view:
+        streams = [
+            collect(run, each, phase=phase, kind=kind, train_split=train_split, test_split=test_split)
+            for each in view.split("+")
+        ]
+        return Splits(
+            train=side_by_side([each.train for each in streams]),
+            test=side_by_side([each.test for each in streams]),
+            of={**streams[0].of, "view": view},
+        )
     if view not in run.views:
         raise InvalidInput(f"view: expected one of {', '.join(run.views)}, got {view!r}")
     if kind not in get_args(Kind):

@@ -125,14 +125,15 @@ def _curves(run: Run) -> list[Section]:
 def _retrieval(run: Run, config: ReportConfig) -> Section:
     rows: list[dict[str, Any]] = []
     last: tuple[Splits, Scores] | None = None
-    for view in run.views:
+    streams = ["+".join(run.views)] if len(run.views) > 1 else []
+    for view in [*run.views, *streams]:
         wanted: list[tuple[str, str | None, Kind]] = [
             ("raw pixels", None, "pixels"),
             ("random weights", INITIAL, "backbone"),
             *((f"after {phase}", phase, "backbone") for phase in run.phases),
         ]
         for name, phase, kind in wanted:
-            if phase not in (None, INITIAL) and run.trained_in(view, phase) != phase:
+            if view in run.views and phase not in (None, INITIAL) and run.trained_in(view, phase) != phase:
                 continue  # this phase trained another view
             splits = collect(
                 run, view, phase=phase, kind=kind, train_split=config.train_split, test_split=config.test_split
@@ -147,7 +148,8 @@ def _retrieval(run: Run, config: ReportConfig) -> Section:
     words = (
         f"Test videos looking for videos of their class in the training split: {found.settings['queries']} queries, "
         f"{found.settings['gallery']} in the gallery, backbone features averaged over half-overlapping windows, "
-        f"centred per split. A blind guess has R@1 {chance:.3f}."
+        f"centred per split; views joined by + are two streams, their similarities added. "
+        f"A blind guess has R@1 {chance:.3f}."
     )
     shown = heading(f"Confusion of the last row: {splits.of['view']}, nearest neighbour")
     return Section(

@@ -1,9 +1,11 @@
 """mocap15: videos of 15 human actions with labels, rendered from the motion captures that pybullet carries.
 
-One recording per action, so all variety is made: each video has its own camera, tempo, phase, colours, light, build and
-photographic background. A held-out video is a held-out rendering of a recording that was seen, no more.
+Every person does every action in each of four scenes, so that neither clothes nor background tell the action, and the
+persons of the test videos are others. One recording per action, so all variety is made: each video has its own camera,
+tempo, phase and light. A held-out video is a held-out rendering of a recording that was seen, no more.
 
-Source: the motion captures of Peng et al., SIGGRAPH 2018 (DeepMimic), in pybullet_data.
+Source: the motion captures of Peng et al., SIGGRAPH 2018 (DeepMimic), in pybullet_data; persons by scenes after the KTH
+actions of Schuldt et al., ICPR 2004.
 """
 
 from __future__ import annotations
@@ -27,14 +29,15 @@ import numpy.typing as npt
 from cascade_engine.errors import BackendUnavailable, InvalidInput
 from cascade_engine.video.index import VideoEntry, VideoIndex
 from cascade_engine.video.photos import Split, photographs
-from cascade_engine.video.scene import SCALE, Backdrop, Camera, Recording, dress, pose
+from cascade_engine.video.scene import SCALE, Camera, Recording, backdrop, dress, pose
 
 ACTIONS = (
     *("backflip", "cartwheel", "crawl", "dance_a", "dance_b", "getup_facedown", "getup_faceup", "jump"),
     *("kick", "punch", "roll", "run", "spin", "spinkick", "walk"),
 )
 FPS = 25
-_FORMAT = 2  # of what is drawn: changes whenever the same seed gives other pictures
+SCENES = 4
+_FORMAT = 3  # of what is drawn: changes whenever the same seed gives other pictures
 
 Progress: TypeAlias = Callable[[int, int, Path], None]  # videos done, videos in all, the video just done
 
@@ -75,8 +78,8 @@ def render(
         seed: another one gives other videos.
         size: side of the pictures, even.
         frames: of each video, at 25 frames per second.
-        test_share: share of each action's videos that are in split `test`, the others are in `train`. Their
-            backgrounds come from different parts of the photographs.
+        test_share: share of each action's videos, in whole persons where it divides so, that are in split `test`; the
+            others are in `train`.
         workers: processes that render.
         progress: called after each video with (videos done, videos in all, its path).
 
@@ -147,11 +150,10 @@ def _each(
 def _render_one(folder: Path, request: Request, name: tuple[str, int]) -> None:
     """Render one video, wholly or not at all."""
     action, number = name
-    rng = np.random.default_rng([request.seed, ACTIONS.index(action), number])
     file = _file(folder, name)
     fresh = file.with_suffix(".new")
     with _quiet():
-        pictures = _pictures(action, request, request.split(number), rng)
+        pictures = _pictures(action, number, request)
     write_video(fresh, pictures)
     fresh.rename(file)
 
@@ -172,9 +174,15 @@ def write_video(path: Path, pictures: npt.NDArray[np.uint8]) -> None:
         out.mux(stream.encode(None))
 
 
-def _pictures(action: str, request: Request, split: Split, rng: np.random.Generator) -> npt.NDArray[np.uint8]:
-    """The frames (T, size, size, 3) of one video, with everything about it drawn from `rng`."""
+def person(request: Request, number: int) -> np.random.Generator:
+    """What the person in a class's video of that number is drawn from: the same in every action and in each scene."""
+    return np.random.default_rng([request.seed, len(ACTIONS), request.split(number) == "test", number // SCENES])
+
+
+def _pictures(action: str, number: int, request: Request) -> npt.NDArray[np.uint8]:
+    """The frames (T, size, size, 3) of one video."""
     bullet, data = _pybullet()
+    rng = np.random.default_rng([request.seed, ACTIONS.index(action), number])
     client = bullet.connect(bullet.DIRECT)
     try:
         body = bullet.loadURDF(
@@ -184,18 +192,19 @@ def _pictures(action: str, request: Request, split: Split, rng: np.random.Genera
             flags=bullet.URDF_MAINTAIN_LINK_ORDER,
             physicsClientId=client,
         )
-        dress(bullet, client, body, rng)
+        build = dress(bullet, client, body, person(request, number))
         motion = Recording.load(f"{data}/data/motions/humanoid3d_{action}.txt")
-        camera = Camera.draw(rng)
+        camera = Camera.draw(rng, build)
         tempo, phase = rng.uniform(0.75, 1.35), rng.uniform(0, motion.cycle)
-        backdrop = Backdrop.draw(rng, photographs(split), request.size, request.frames)
-        gains = rng.uniform(0.85, 1.15, 3)
+        scene = number % SCENES
+        place = np.random.default_rng([request.seed, len(ACTIONS) + 1, scene])
+        behind = backdrop(place, photographs("train")[scene::SCENES], request.size)
         shots = np.empty((request.frames, request.size, request.size, 3), np.uint8)
         for t in range(request.frames):
             row = motion.at(phase + tempo * t / FPS)
             pose(bullet, client, body, row)
             figure, inside = camera.shoot(bullet, client, row, t / FPS, request.size)
-            picture = np.where(inside[..., None], figure, backdrop.at(t)) * gains
+            picture = np.where(inside[..., None], figure, behind)
             shots[t] = np.clip(picture + rng.normal(0, 2.0, (request.size, request.size, 1)), 0, 255)
         return shots
     finally:

@@ -89,28 +89,30 @@ def quaternions() -> Iterator[slice]:
 
 @dataclass(frozen=True, kw_only=True)
 class Camera:
-    """Follows the body on the ground and turns slowly."""
+    """Follows the body on the ground, from its left or right, aimed only roughly, and turns slowly."""
 
     yaw: float  # degrees
     turning: float  # degrees per second
     pitch: float
     distance: float
     height: float
+    aside: tuple[float, float]  # how far from the picture's middle the body is seen, in halves of the picture
     aspect: float  # of the projection: a stouter or slimmer build
     light: tuple[float, float, float]
     ambient: float
 
     @classmethod
-    def draw(cls, rng: np.random.Generator) -> Camera:
-        """A camera and light of their own for one video."""
+    def draw(cls, rng: np.random.Generator, build: float) -> Camera:
+        """A camera and light of their own for one video of a person of that build."""
         around = rng.uniform(0, 2 * math.pi)
         return cls(
-            yaw=rng.uniform(15, 85),  # from one side: seen from all around, 15 videos of a class have little in common
-            turning=rng.uniform(-12, 12),
-            pitch=rng.uniform(-18, 0),
-            distance=rng.uniform(2.2, 3.2),
+            yaw=rng.choice([-1.0, 1.0]) * rng.uniform(30, 60),
+            turning=rng.uniform(-6, 6),
+            pitch=rng.uniform(-12, 0),
+            distance=rng.uniform(1.6, 3.6),
             height=rng.uniform(0.7, 0.95),
-            aspect=rng.uniform(0.85, 1.15),
+            aside=(rng.uniform(-0.5, 0.5), rng.uniform(-0.35, 0.35)),
+            aspect=build,
             light=(math.cos(around), rng.uniform(1, 2.5), math.sin(around)),
             ambient=rng.uniform(0.45, 0.7),
         )
@@ -122,7 +124,8 @@ class Camera:
         target = [row[1], self.height, row[3]]
         yaw = self.yaw + self.turning * seconds
         view = bullet.computeViewMatrixFromYawPitchRoll(target, self.distance, yaw, self.pitch, 0, 1)
-        lens = bullet.computeProjectionMatrixFOV(50, self.aspect, 0.1, 20)
+        lens = list(bullet.computeProjectionMatrixFOV(50, self.aspect, 0.1, 20))
+        lens[8:10] = self.aside
         _, _, pixels, _, body = bullet.getCameraImage(
             size,
             size,
@@ -138,39 +141,19 @@ class Camera:
         return picture, np.asarray(body).reshape(size, size) >= 0
 
 
-@dataclass(frozen=True, kw_only=True)
-class Backdrop:
-    """A part of a photograph, larger than the picture, over which the picture's window glides."""
-
-    photo: Photo
-    start: npt.NDArray[np.float64]  # (2,) x and y of the window in the first frame
-    step: npt.NDArray[np.float64]  # (2,) pixels a frame
-    size: int
-
-    @classmethod
-    def draw(cls, rng: np.random.Generator, photos: Sequence[Photo], size: int, frames: int) -> Backdrop:
-        """A place in one of the photographs, its contrast and the way the window glides."""
-        photo = photos[int(rng.integers(len(photos)))]
-        room = 1.25
-        side = int(min(photo.shape[:2]) * rng.uniform(0.4, 1.0))
-        top, left = rng.integers(photo.shape[0] - side + 1), rng.integers(photo.shape[1] - side + 1)
-        wide = int(size * room)
-        part = cv2.resize(photo[top : top + side, left : left + side], (wide, wide), interpolation=cv2.INTER_AREA)
-        mean = part.mean((0, 1), keepdims=True)
-        part = np.clip((part - mean) * rng.uniform(0.3, 0.75) + mean * rng.uniform(0.6, 1.1), 0, 255)
-        ends = rng.uniform(0, wide - size, (2, 2))
-        return cls(photo=part.astype(np.uint8), start=ends[0], step=(ends[1] - ends[0]) / max(frames, 40), size=size)
-
-    def at(self, t: int) -> npt.NDArray[np.uint8]:
-        """The window (size, size, 3) in frame t."""
-        x, y = self.start + self.step * t
-        shift = np.array([[1, 0, -x], [0, 1, -y]])
-        moved = cv2.warpAffine(self.photo, shift, (self.size, self.size), borderMode=cv2.BORDER_REFLECT)
-        return np.asarray(moved, np.uint8)
+def backdrop(rng: np.random.Generator, photos: Sequence[Photo], size: int) -> Photo:
+    """Where a video takes place: a part of one of the photographs, paler, (size, size, 3)."""
+    photo = photos[int(rng.integers(len(photos)))]
+    side = int(min(photo.shape[:2]) * rng.uniform(0.4, 1.0))
+    top, left = rng.integers(photo.shape[0] - side + 1), rng.integers(photo.shape[1] - side + 1)
+    part = cv2.resize(photo[top : top + side, left : left + side], (size, size), interpolation=cv2.INTER_AREA)
+    mean = part.mean((0, 1), keepdims=True)
+    pale = (part - mean) * rng.uniform(0.3, 0.75) + mean * rng.uniform(0.6, 1.1)
+    return np.clip(pale, 0, 255).astype(np.uint8)
 
 
-def dress(bullet: Any, client: int, body: int, rng: np.random.Generator) -> None:
-    """Paint skin, shirt, trousers and shoes."""
+def dress(bullet: Any, client: int, body: int, rng: np.random.Generator) -> float:
+    """Paint a person's skin, shirt, trousers and shoes; the person's build, as the aspect of a camera."""
     paint = {name: rng.uniform(0.1, 0.95, 3) for name in _CLOTHES}
     paint["skin"] = np.array([0.95, 0.75, 0.6]) * rng.uniform(0.35, 1.0)
     garment = {link: name for name, links in _CLOTHES.items() for link in links}
@@ -178,6 +161,7 @@ def dress(bullet: Any, client: int, body: int, rng: np.random.Generator) -> None
         link = "root" if joint < 0 else bullet.getJointInfo(body, joint, physicsClientId=client)[12].decode()
         colour = [*paint[garment.get(link, "shirt")], 1.0]
         bullet.changeVisualShape(body, joint, rgbaColor=colour, physicsClientId=client)
+    return float(rng.uniform(0.85, 1.15))
 
 
 def pose(bullet: Any, client: int, body: int, row: Row) -> None:
