@@ -256,6 +256,19 @@ def test_options_train(tmp_path, changes):
         assert [row["step"] for row in rows] == [2, 3, 5, 7, 9, 11, 13, 15], "steps of two batches, the last of one"
 
 
+def test_a_phase_may_have_a_bank_of_its_own_size(tmp_path):
+    first, second = PHASES
+    sizes = {}
+
+    def note(now):
+        sizes.setdefault(now.phase, []).append(now.filled)
+
+    config = small(tmp_path, phase=(replace(first, bank_size=8), second))
+    ce.train(config, cache=MovingSquares(), report=note)
+    assert sizes["flow-0"] == [1.0, 1.0, 1.0]
+    assert sizes["rgb-1"][:3] == [0.5, 1.0, 1.0]
+
+
 def test_supervised_positives_are_right(tmp_path):
     phase = replace(PHASES[1], positives="labels", plan="", oracles=())
     run = ce.train(small(tmp_path, phase=(phase,)), cache=MovingSquares())

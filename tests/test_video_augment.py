@@ -1,11 +1,13 @@
 """Augmentation: consistent in time and across views, and from the generator alone."""
 
+from dataclasses import fields
+
 import numpy as np
 import pytest
 import torch
 
 from cascade_engine.errors import InvalidInput
-from cascade_engine.video.augment import Augment, centre, repeat_frames, shuffle_frames
+from cascade_engine.video.augment import Augment, Draws, centre, repeat_frames, shuffle_frames
 from cascade_engine.video.views import VIEWS, flip, to_float
 
 STILL = {"area": (1.0, 1.0), "ratio": (1.0, 1.0), "jitter": 0.0, "grayscale": 0.0}
@@ -48,6 +50,24 @@ def test_nothing_drawn_is_the_centre(clips):
         torch.testing.assert_close(made[name], expected, atol=1e-5, rtol=0)
         stored = torch.from_numpy(clips[name]).permute(0, 4, 1, 2, 3)
         torch.testing.assert_close(expected, to_float(name, stored), atol=0, rtol=0)
+
+
+def test_what_a_clip_becomes_does_not_depend_on_its_companions(clips):
+    """Large pictures are halved before they are sampled; whether they are must not follow from the batch's crops."""
+    augment = Augment(size=8, area=(0.3, 1.0))
+    draws = augment.draw(4, np.random.default_rng(0))
+    for name, stored in clips.items():
+        joint = augment.apply(name, stored, draws)
+        for n in range(4):
+            alone = Draws(**{each.name: getattr(draws, each.name)[n : n + 1] for each in fields(draws)})
+            torch.testing.assert_close(augment.apply(name, stored[n : n + 1], alone)[0], joint[n], atol=1e-6, rtol=0)
+
+
+def test_a_fine_pattern_is_averaged_not_sampled_here_and_there():
+    board = (np.indices((96, 96)).sum(0) % 2 * 254 - 127).astype(np.int8)
+    stored = np.broadcast_to(board[..., None], (3, 2, 96, 96, 2))
+    made = Augment(size=32)({"flow": stored}, torch.Generator().manual_seed(0))["flow"]
+    assert made.abs().max() < 0.05
 
 
 def test_a_flip_mirrors_and_negates_horizontal_motion(clips):

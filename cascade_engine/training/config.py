@@ -151,6 +151,7 @@ class PhaseConfig:
     positives: str = option("plan", "plan; labels (the supervised bound); or a table made by `cascade mine`")
     anchor: Literal["query", "key"] = option("query", "mine with the query's embedding or with its key's")
     pairs: Literal["same", "cross", "both"] = option("same", "keys of the query's view, of the first oracle, or both")
+    bank_size: int = option(0, "keys in this phase's queue; 0: as bank.size says")
     mine_from: float = option(1.0, "share of the bank that must be filled before positives are mined")
     epochs: int = option(10, "passes over the training videos")
     lr: float = option(1e-3, "highest learning rate")
@@ -159,10 +160,11 @@ class PhaseConfig:
 
     def __post_init__(self) -> None:
         """Refuse what is out of range, and plans of views that the phase does not have."""
-        if self.epochs < 1 or self.lr <= 0 or self.top_k < 0 or self.warmup < 0 or not 0 <= self.mine_from <= 1:
+        counts = (self.top_k, self.bank_size, self.warmup)
+        if self.epochs < 1 or self.lr <= 0 or min(counts) < 0 or not 0 <= self.mine_from <= 1:
             raise InvalidInput(
-                "expected epochs of at least 1, lr above 0, top_k and warmup of at least 0, mine_from in [0, 1], "
-                f"got {self.epochs}, {self.lr}, {self.top_k}, {self.warmup}, {self.mine_from}"
+                "expected epochs of at least 1, lr above 0, top_k, bank_size and warmup of at least 0, mine_from in "
+                f"[0, 1], got {self.epochs}, {self.lr}, {', '.join(map(str, counts))}, {self.mine_from}"
             )
         if self.train in self.oracles:
             raise InvalidInput(f"oracles: expected other views than the trained one, got {self.train!r}")

@@ -89,13 +89,14 @@ def _tiny() -> TrainConfig:
         data=DataConfig(source="mocap15:64", cache="cache/mocap15", size=96),
         clip=ClipConfig(frames=8, stride=2, size=32, apart=6),
         augment=AugmentConfig(tempo=0.3),
-        model=ModelConfig(encoder="r3d_small", momentum=0.9),
+        model=ModelConfig(encoder="r3d_small", momentum=0.97),
         bank=BankConfig(size=512),
         loss=LossConfig(siblings="ignore", in_batch=True),
         optim=OptimConfig(batch=64, threads=2),
         output=OutputConfig(log_every=5, checkpoint_every=50),
         phase=(
-            replace(_first("flow", 50), lr=3e-3, warmup=1),
+            # The batch and the one before: a net that learns this fast only learns to run away from older keys.
+            replace(_first("flow", 50), lr=3e-3, warmup=1, bank_size=64),
             # Against the keys of flow, as its own clips' keys would be told by clothes and background.
             PhaseConfig(name="rgb-0", train="rgb", oracles=("flow",), pairs="cross", epochs=20, lr=3e-3, warmup=1),
             PhaseConfig(name="flow-1", train="flow", oracles=("rgb",), plan="cpr", top_k=1, epochs=8),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -53,7 +54,8 @@ class PhaseState:
                 module.compile()
         self.optimizer = make_optimizer(config.optim, phase.lr, self.encoder)
         rows = torch.from_numpy(self.batches.rows)
-        self.bank = make_bank(config.bank, phase.views, config.model.dim, rows, device)
+        chosen = replace(config.bank, size=phase.bank_size or config.bank.size)
+        self.bank = make_bank(chosen, phase.views, config.model.dim, rows, device)
         table = None if phase.positives in ("plan", "labels") else PositiveVideos.read(phase.positives)
         self.objective = Objective(phase=phase, loss=config.loss, plan=phase.cascade(), table=table)
         self.label, group = classes(cache)

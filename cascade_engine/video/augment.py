@@ -121,7 +121,7 @@ class Augment:
         theta = torch.zeros(len(draws), 2, 3, device=stored.device)
         theta[:, 0, 0], theta[:, 1, 1] = half[:, 0] * signed, half[:, 1]
         theta[:, :, 2] = draws.centre.to(stored.device)
-        pictures = _sampled(_planes(view, stored), theta, self.size, float(half.min()))
+        pictures = _sampled(_planes(view, stored), theta, self.size, math.sqrt(sum(self.area) / 2))
         if VIEWS[view].displaces:
             tempo, drift = draws.tempo.to(stored.device), draws.drift.to(stored.device)
             stretch = torch.stack([signed / half[:, 0], 1 / half[:, 1]], dim=1) * tempo[:, None]
@@ -239,12 +239,16 @@ def _planes(view: str, stored: torch.Tensor) -> torch.Tensor:
     return scaled
 
 
-def _sampled(planes: torch.Tensor, theta: torch.Tensor, size: int, smallest: float) -> torch.Tensor:
-    """Crop, flip and scale all frames of a clip alike: (B, T, C, H, W) -> (B, T, C, size, size)."""
+def _sampled(planes: torch.Tensor, theta: torch.Tensor, size: int, usual: float) -> torch.Tensor:
+    """Crop, flip and scale all frames of a clip alike: (B, T, C, H, W) -> (B, T, C, size, size).
+
+    `usual` is the share of the picture's side that a crop has. It decides the scale at which pictures are sampled, for
+    all clips alike: what a clip becomes must not depend on those that come with it.
+    """
     count, time, channels, height, width = planes.shape
     flat = planes.reshape(count, time * channels, height, width)
-    # Bilinear sampling looks at 2 x 2 pixels: halve first where even the smallest crop has twice what is needed.
-    while min(flat.shape[-2:]) * smallest >= 2 * size:
+    # Bilinear sampling looks at 2 x 2 pixels, so from 1.5 pixels for each that is needed on, limbs would flicker.
+    while min(flat.shape[-2:]) * usual >= 1.5 * size:
         flat = functional.avg_pool2d(flat, 2)
     grid = functional.affine_grid(theta, [count, 1, size, size], align_corners=False)
     sampled = functional.grid_sample(flat, grid, mode="bilinear", padding_mode="border", align_corners=False)
