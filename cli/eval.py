@@ -186,16 +186,16 @@ def _mining(run: Path, plan: str | None, phase: str | None, split: str, as_json:
     """
     from cascade_engine.errors import InvalidInput
     from cascade_engine.evaluation.mining import mining
+    from cascade_engine.evaluation.of_run import features_of
     from cascade_engine.evaluation.run_report import last_plan
     from cascade_engine.plan import CascadePlan
-    from cascade_engine.store import FeatureStore
     from cascade_engine.training.run import Run
 
     opened = Run.open(run)
     chosen = CascadePlan.parse(plan) if plan else last_plan(opened)
     if chosen is None or not opened.phases:
         raise InvalidInput("plan: expected one, or a run with a finished phase that mined")
-    with FeatureStore.open(opened.store_path, phase=phase or opened.phases[-1]) as store:
+    with features_of(opened, phase or opened.phases[-1]) as store:
         found = mining(store, chosen, where=f"split == {split!r}")
     if as_json:
         click.echo(json.dumps(found.to_json(), indent=1))

@@ -2,10 +2,12 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
 import runs
+import torch
 from cascade_engine.cli.main import main
 from click.testing import CliRunner
 
@@ -17,6 +19,9 @@ from cascade_engine.evaluation.neighbours import retrieval
 from cascade_engine.evaluation.of_run import collect, windows_of
 from cascade_engine.evaluation.run_report import ReportConfig, report_run, sample_queries
 from cascade_engine.store import FeatureStore
+from cascade_engine.training.extraction import write_features
+from cascade_engine.training.parallel import World
+from cascade_engine.training.run import Run
 
 PLAN = ce.CascadePlan.parse("residual:50%,rgb:3")
 
@@ -76,6 +81,16 @@ def test_two_streams_add_the_similarities_of_their_views(run):
         side_by_side([views[0].test, views[1].train])
     told = json.loads(cascade("eval", "retrieval", run.folder, "--view", "rgb+residual", "--json"))
     assert told["figures"] == retrieval(streams.test, streams.train).figures
+
+
+def test_features_still_being_written_are_refused(run, tmp_path, monkeypatch):
+    folder = shutil.copytree(run.folder, tmp_path / "run")
+    shutil.rmtree(folder / "features.zarr")
+    under_way = Run.open(folder)
+    monkeypatch.setattr(FeatureStore, "seal", lambda store: None)
+    write_features(under_way, "first", windows_of(run)[0], World(), torch.device("cpu"))
+    with pytest.raises(InvalidInput, match="'first' are still being written"):
+        collect(under_way, "rgb")
 
 
 def test_what_a_run_does_not_have_is_refused_by_name(run):

@@ -14,8 +14,9 @@ from cascade_engine.video.index import VideoIndex
 
 RENDERED = (
     "The videos are renderings of 15 motion-captured actions, one recording per class: each video has its own camera, "
-    "tempo, phase, body, colours and background. A held-out video is a held-out rendering of a recording that was "
-    "seen, so nothing here says how features generalise to other people."
+    "tempo, phase and light, and every person does every action in every scene. A held-out video is a held-out "
+    "rendering, of a person not trained on, of a recording that was: nothing here says how features generalise to "
+    "other people."
 )
 EXPLAINED = (
     "R@k: share of held-out videos with a training video of their class among the k nearest (backbone features). "

@@ -102,6 +102,21 @@ def collect(
     return Splits(train=sets[0], test=sets[1], of={**told, "train_split": train_split, "test_split": test_split})
 
 
+def features_of(run: Run, phase: str) -> FeatureStore:
+    """The run's store, opened at a phase.
+
+    Raises:
+        InvalidInput: the phase is still being written: a part of its videos would be judged.
+        StoreError: there is no such phase.
+    """
+    store = FeatureStore.open(run.store_path, phase=phase)
+    if not store.sealed:
+        rows = store.rows
+        store.close()
+        raise InvalidInput(f"phase: the features of {phase!r} are still being written ({rows} clips so far)")
+    return store
+
+
 def windows_of(run: Run) -> tuple[ClipCache, ClipTable]:
     """The run's cache and the half-overlapping windows that its features are of."""
     clip = run.config.clip
@@ -113,7 +128,7 @@ def windows_of(run: Run) -> tuple[ClipCache, ClipTable]:
 def _stored(run: Run, view: str, phase: str, kind: Kind) -> tuple[F32, np.ndarray, np.ndarray, I64]:
     """All rows of a phase of the run's store: features (mapped), labels, splits, video ids."""
     run.phase_path(phase)  # refuses a name that the run does not have
-    with FeatureStore.open(run.store_path, phase=phase) as store:
+    with features_of(run, phase) as store:
         name = view + BACKBONE if kind == "backbone" else view
         return store.features(name), store.column("label"), store.column("split"), store.column("video_id")
 

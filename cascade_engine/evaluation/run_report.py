@@ -13,7 +13,7 @@ from cascade_engine.errors import InvalidInput
 from cascade_engine.evaluation.features import I64, Scores
 from cascade_engine.evaluation.mining import MiningScores, mining
 from cascade_engine.evaluation.neighbours import knn, retrieval
-from cascade_engine.evaluation.of_run import Kind, Splits, collect, windows_of
+from cascade_engine.evaluation.of_run import Kind, Splits, collect, features_of, windows_of
 from cascade_engine.evaluation.page import (
     Section,
     curves,
@@ -26,7 +26,6 @@ from cascade_engine.evaluation.page import (
 )
 from cascade_engine.evaluation.report import Pixels, cascade_strip, project, trace_cascade
 from cascade_engine.plan import CascadePlan
-from cascade_engine.store import FeatureStore
 from cascade_engine.training.run import INITIAL, Run
 from cascade_engine.video.cache import ClipCache
 from cascade_engine.video.clips import ClipTable
@@ -162,7 +161,7 @@ def _mining(run: Run, plan: CascadePlan, config: ReportConfig) -> Section:
     rows: list[dict[str, Any]] = []
     last: MiningScores | None = None
     for phase in run.phases:
-        with FeatureStore.open(run.store_path, phase=phase) as store:
+        with features_of(run, phase) as store:
             last = mining(store, plan, where=f"split == {config.train_split!r}")
         rows.append({"phase": phase, **last.figures})
     assert last is not None
@@ -175,7 +174,7 @@ def _mining(run: Run, plan: CascadePlan, config: ReportConfig) -> Section:
 
 def _cascades(run: Run, plan: CascadePlan, config: ReportConfig) -> Section:
     cache, clips = windows_of(run)
-    with FeatureStore.open(run.store_path, phase=run.phases[-1]) as store:
+    with features_of(run, run.phases[-1]) as store:
         bank = store.bank(plan.views, where=f"split == {config.train_split!r}")
         places = store.rows_of(bank.clip_id)
         labels, starts = store.column("label")[places], store.column("start_frame")[places]

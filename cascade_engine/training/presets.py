@@ -98,9 +98,9 @@ def _tiny() -> TrainConfig:
             # The batch and the one before: a net that learns this fast only learns to run away from older keys.
             replace(_first("flow", 50), lr=3e-3, warmup=1, bank_size=64),
             # Against the keys of flow, as its own clips' keys would be told by clothes and background.
-            PhaseConfig(name="rgb-0", train="rgb", oracles=("flow",), pairs="cross", epochs=20, lr=3e-3, warmup=1),
+            PhaseConfig(name="rgb-0", train="rgb", oracles=("flow",), pairs="cross", epochs=12, lr=3e-3, warmup=1),
             PhaseConfig(name="flow-1", train="flow", oracles=("rgb",), plan="cpr", top_k=1, epochs=8),
-            PhaseConfig(name="rgb-1", train="rgb", oracles=("flow",), pairs="cross", plan="cpr", top_k=5, epochs=10),
+            PhaseConfig(name="rgb-1", train="rgb", oracles=("flow",), pairs="cross", plan="cpr", top_k=5, epochs=8),
         ),
     )
 

@@ -149,7 +149,7 @@ def backdrop(rng: np.random.Generator, photos: Sequence[Photo], size: int) -> Ph
     part = cv2.resize(photo[top : top + side, left : left + side], (size, size), interpolation=cv2.INTER_AREA)
     mean = part.mean((0, 1), keepdims=True)
     pale = (part - mean) * rng.uniform(0.3, 0.75) + mean * rng.uniform(0.6, 1.1)
-    return np.clip(pale, 0, 255).astype(np.uint8)
+    return np.asarray(np.clip(pale, 0, 255), np.uint8)
 
 
 def dress(bullet: Any, client: int, body: int, rng: np.random.Generator) -> float:
