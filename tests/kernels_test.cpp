@@ -15,6 +15,7 @@
 #include "cpu/backend.hpp"
 #include "cpu/contrast.hpp"
 #include "cpu/threshold.hpp"
+#include "pool_test.hpp"
 
 namespace {
 
@@ -257,7 +258,10 @@ bool thresholds_right(const cpu::Isa& isa, std::mt19937& rng) {
 
 int main(int count, char** words) {
   const int rounds = count > 1 ? std::atoi(words[1]) : 1;
-  int failures = 0;
+  int failures = !pool_test::stops_when_interrupted();
+  std::mt19937 calls(5);
+  for (int round = 0; round < 500 * rounds; ++round) failures += !pool_test::runs_each_part_once(calls);
+  for (int round = 0; round < 50 * rounds; ++round) failures += !pool_test::passes_on_what_a_part_throws(calls);
   for (const cpu::Isa& isa : cpu::isas()) {
     if (!isa.runs_here()) {
       std::printf("%s: not on this machine (%s)\n", isa.name, isa.needs);

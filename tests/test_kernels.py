@@ -344,6 +344,24 @@ def test_two_threads_mine_at_once():
             np.testing.assert_array_equal(task.result().index, want[which])
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="no affinity here")
+def test_workers_stay_where_the_caller_may_run():
+    done = _run(
+        """
+plan = ce.CascadePlan.parse("a:50%,a:5"); bank, queries = problem(2000, 64)
+allowed = os.sched_getaffinity(0)
+for processors in (allowed, {min(allowed)}, allowed):
+    os.sched_setaffinity(0, processors)
+    ce.mine(plan, queries, bank, backend="cpu")
+    assert os.sched_getaffinity(0) == processors
+    assert all(os.sched_getaffinity(int(task)) <= allowed for task in os.listdir("/proc/self/task"))
+print("stayed")
+""",
+        OMP_NUM_THREADS="2",
+    )
+    assert done.stdout.strip() == "stayed", done.stderr
+
+
 @pytest.mark.parametrize("name", ISAS)
 @pytest.mark.parametrize("family", ["outlier", "scales", "near_tie", "common_mean"])
 @pytest.mark.parametrize("text", ["a:9", "a:40%,a:9"])

@@ -87,6 +87,7 @@ def test_kernels_under_address_and_undefined_behaviour_sanitizers(tmp_path):
 
 @pytest.mark.full
 @needs_compiler
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
 def test_kernels_under_sanitizers_at_length(tmp_path, sanitizer):
     skip = ("isa_neon",) if X86 else ("isa_avx2", "isa_avx512")

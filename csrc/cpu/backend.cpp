@@ -16,15 +16,29 @@ constexpr int64_t packing_pays_from = 16;      // queries: packing costs about a
 constexpr int64_t turns_before_learning = 16;  // of a queue: features drift in training, and with them their mean
 constexpr int64_t few_of_many = 16;            // a stage that keeps at most 1 in 16 is worth 8-bit scores
 constexpr int64_t most_dims8 = 1 << 16;        // 128 * 127 times as much fits the 32 bits of their sums
+constexpr int64_t together16 = 8;              // queries: a few tiles of 16 bits
 // A row that is picked out of a mapped file is taken to map so much: of rows that lie together each one maps less, and
 // of rows far apart up to a whole folio.
 constexpr int64_t picked_row = 4 * Residency::around;
 
-// Each part takes a run of consecutive queries.
+// Where the runs of consecutive queries begin that threads take in turns, and the end of the last. They grow smaller,
+// so that all threads are done at about the same time, but have `together` queries or a thread's share, whichever is
+// less.
+std::vector<int64_t> split(int64_t batch, int64_t threads, int64_t together) {
+  if (threads == 1) together = batch;
+  const int64_t least = std::min(together, (batch + threads - 1) / threads);
+  std::vector<int64_t> begin{0};
+  while (begin.back() < batch) {
+    const int64_t share = 2 * (batch - begin.back()) / (3 * threads);
+    begin.push_back(std::min(batch, begin.back() + std::max(least, (share + together / 2) / together * together)));
+  }
+  return begin;
+}
+
 template <class Work>
-void share_queries(int64_t batch, const Control& control, const Work& work) {
-  const int parts = static_cast<int>(std::clamp<int64_t>(batch, 0, std::max(1, control.threads)));
-  run_parts(parts, control, [&](int part, int of) { work(batch * part / of, batch * (part + 1) / of); });
+void share_queries(int64_t batch, int64_t together, const Control& control, const Work& work) {
+  const std::vector<int64_t> begin = split(batch, std::max(1, control.threads), together);
+  run_parts(static_cast<int>(begin.size()) - 1, control, [&](int part, int) { work(begin[part], begin[part + 1]); });
 }
 
 std::vector<int64_t> rows_between(int64_t begin, int64_t end) {
@@ -181,7 +195,8 @@ void mine(Bank& bank, std::span<const Stage> stages, std::span<const Matrix> que
   if (fast && exclude.query_video != nullptr) bank.videos();
   if (fast && bank.kernels().tile8 != nullptr && is_packable(first) && !ranks_bank && is_worth_8_bits(bank, first)) {
     const Packed8& packed = bank.packed8(first.views, control);
-    return share_queries(batch, control, [&](int64_t begin, int64_t end) {
+    // Survivors of many queries share a pass over their rows: smaller runs took up to 1.5 times as long.
+    return share_queries(batch, batch, control, [&](int64_t begin, int64_t end) {
       exact_queries(call, stream_queries(call, packed, begin, end));
     });
   }
@@ -196,15 +211,16 @@ void mine(Bank& bank, std::span<const Stage> stages, std::span<const Matrix> que
         for (const int32_t view : stage.views) packs.push_back(&bank.packed16({&view, 1}, control));
       }
     }
-    return share_queries(batch, control, [&](int64_t begin, int64_t end) { dense_queries(call, packed, begin, end); });
+    return share_queries(batch, together16, control,
+                         [&](int64_t begin, int64_t end) { dense_queries(call, packed, begin, end); });
   }
-  share_queries(batch, control, [&](int64_t begin, int64_t end) { exact_queries(call, rows_between(begin, end)); });
+  share_queries(batch, 1, control, [&](int64_t begin, int64_t end) { exact_queries(call, rows_between(begin, end)); });
 }
 
 void select(std::span<const Stage> stages, std::span<const Matrix> similarities, const Exclusion& exclude,
             const Control& control, const Answer& answer) {
   const int64_t batch = similarities.front().rows, keys = similarities.front().columns;
-  share_queries(batch, control, [&](int64_t begin, int64_t end) {
+  share_queries(batch, 1, control, [&](int64_t begin, int64_t end) {
     ExactCascade cascade(stages, static_cast<int64_t>(similarities.size()), keys);
     for (int64_t row = begin; row < end && !should_stop(); ++row) {
       for (size_t view = 0; view < similarities.size(); ++view)

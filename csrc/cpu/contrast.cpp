@@ -49,11 +49,9 @@ class Contrast {
   }
 
   void run(const Control& control) {
-    const int parts = static_cast<int>(std::clamp<int64_t>(chunks_, 1, std::max(1, control.threads)));
-    run_parts(parts, control, [&](int part, int of) {
+    run_parts(static_cast<int>(chunks_), control, [&](int chunk, int) {
       Buffer<float> score(block_ * lanes32), wide(call_.keys.dtype == DType::float32 ? 0 : block_ * dim_);
-      for (int64_t chunk = chunks_ * part / of; chunk < chunks_ * (part + 1) / of && !should_stop(); ++chunk)
-        pass(chunk, score.data(), wide.data());
+      pass(chunk, score.data(), wide.data());
     });
     for (int64_t query = 0; query < call_.batch; ++query) merge(query);
   }

@@ -1,7 +1,11 @@
 #include "cpu/pool.hpp"
 
 #include <pthread.h>
+#ifdef __linux__
+#include <sched.h>
+#endif
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
@@ -18,6 +22,8 @@ namespace {
 using Clock = std::chrono::steady_clock;
 constexpr auto poll_every = std::chrono::milliseconds(30);
 constexpr int spins = 4000;  // about 20 us: shorter than a sleep and wake-up, too short to hurt a neighbour
+constexpr size_t few_workers =
+    8;  // of more, one on the caller's processor is a small loss, and barring each costs 1 us
 
 inline void relax() {
 #if defined(__x86_64__)
@@ -27,32 +33,38 @@ inline void relax() {
 #endif
 }
 
-// What the parts of one call share.
+// What the threads of one call share.
 struct Call {
-  const Control* control = nullptr;
+  Call(const Control& control_, const std::function<void(int, int)>& work_, int parts_)
+      : control(control_), work(work_), parts(parts_) {}
+
+  const Control& control;
+  const std::function<void(int, int)>& work;
+  const int parts;
+  std::atomic<int> next{0};
   std::atomic<bool> stop{false};
   Clock::time_point next_poll = Clock::now() + poll_every;
   std::mutex failing;
   std::exception_ptr failure;
 
   void poll() {  // on the calling thread
-    if (control->interrupted == nullptr || stop.load(std::memory_order_relaxed) || Clock::now() < next_poll) return;
+    if (control.interrupted == nullptr || stop.load(std::memory_order_relaxed) || Clock::now() < next_poll) return;
     next_poll = Clock::now() + poll_every;
-    if (control->interrupted()) stop.store(true, std::memory_order_relaxed);
+    if (control.interrupted()) stop.store(true, std::memory_order_relaxed);
   }
 
-  void run(const std::function<void(int, int)>& work, int part, int parts);
+  void take_parts();
 };
 
 thread_local Call* current = nullptr;
 thread_local bool calling = false;
 
-void Call::run(const std::function<void(int, int)>& work, int part, int parts) {
+void Call::take_parts() {
   Call* const outer = current;
   current = this;
   try {
     const FloatMode mode;
-    work(part, parts);
+    for (int part; !stop.load(std::memory_order_relaxed) && (part = next.fetch_add(1)) < parts;) work(part, parts);
   } catch (...) {
     const std::lock_guard lock(failing);
     if (!failure) failure = std::current_exception();
@@ -64,25 +76,29 @@ void Call::run(const std::function<void(int, int)>& work, int part, int parts) {
 class Pool {
  public:
   // False where another call holds the pool.
-  bool run(Call& call, const std::function<void(int, int)>& work, int parts) {
+  bool run(Call& call, int helpers) {
     const std::unique_lock busy(busy_, std::try_to_lock);
     if (!busy.owns_lock()) return false;
-    while (static_cast<int>(threads_.size()) < parts - 1)
-      threads_.emplace_back(&Pool::serve, this, static_cast<int>(threads_.size()) + 1, generation_.load());
-    call_ = &call;
-    work_ = &work;
-    parts_ = parts;
-    // Every worker answers every generation, also those without a part: none may still read the call when it ends.
-    left_.store(static_cast<int>(threads_.size()));
+    while (static_cast<int>(threads_.size()) < helpers) {
+      threads_.emplace_back(&Pool::serve, this, static_cast<int>(threads_.size()), generation_.load());
+      avoided_ = nowhere;
+    }
+    leave_to_caller();
     {
       const std::lock_guard lock(mutex_);
+      call_ = &call;
+      helpers_ = helpers;
       generation_.fetch_add(1);
     }
     wake_.notify_all();
-    call.run(work, 0, parts);
-    for (int i = 0; i < spins && left_.load() > 0; ++i) relax();
+    call.take_parts();
+    {
+      const std::lock_guard lock(mutex_);
+      call_ = nullptr;  // a worker that has not come by now finds no part left, and is not waited for
+    }
+    for (int i = 0; i < spins && inside_.load() > 0; ++i) relax();
     std::unique_lock lock(mutex_);
-    while (!done_.wait_for(lock, poll_every, [this] { return left_.load() == 0; })) {
+    while (!done_.wait_for(lock, poll_every, [this] { return inside_.load() == 0; })) {
       lock.unlock();
       call.poll();
       lock.lock();
@@ -91,16 +107,36 @@ class Pool {
   }
 
  private:
-  void serve(int part, uint64_t seen) {
+  static constexpr int nowhere = -1;
+
+  // Bars the workers from the processor that the caller is on. A worker that slept may be woken there although another
+  // is idle, and then starts when the caller is done: two threads took as long as one.
+  void leave_to_caller() {
+#ifdef __linux__
+    const int here = sched_getcpu();
+    if (here == avoided_ || threads_.size() > few_workers) return;
+    cpu_set_t allowed;
+    if (here < 0 || sched_getaffinity(0, sizeof allowed, &allowed) != 0) return;
+    if (CPU_COUNT(&allowed) > 1) CPU_CLR(here, &allowed);
+    for (std::thread& thread : threads_) pthread_setaffinity_np(thread.native_handle(), sizeof allowed, &allowed);
+    avoided_ = here;
+#endif
+  }
+
+  void serve(int number, uint64_t seen) {
     for (;;) {
       for (int i = 0; i < spins && generation_.load() == seen; ++i) relax();
+      Call* call = nullptr;
       {
         std::unique_lock lock(mutex_);
         wake_.wait(lock, [&] { return generation_.load() != seen; });
         seen = generation_.load();
+        if (call_ == nullptr || number >= helpers_) continue;
+        call = call_;
+        inside_.fetch_add(1);
       }
-      if (part < parts_) call_->run(*work_, part, parts_);
-      if (left_.fetch_sub(1) == 1) {
+      call->take_parts();
+      if (inside_.fetch_sub(1) == 1) {
         const std::lock_guard lock(mutex_);
         done_.notify_one();
       }
@@ -112,10 +148,10 @@ class Pool {
   std::condition_variable wake_;
   std::condition_variable done_;
   std::atomic<uint64_t> generation_{0};
-  std::atomic<int> left_{0};
-  Call* call_ = nullptr;
-  const std::function<void(int, int)>* work_ = nullptr;
-  int parts_ = 0;
+  std::atomic<int> inside_{0};  // workers that may read the call
+  Call* call_ = nullptr;        // while it may be joined
+  int helpers_ = 0;             // the workers that may join
+  int avoided_ = nowhere;       // the processor that the workers are barred from
   std::vector<std::thread> threads_;
 };
 
@@ -135,12 +171,11 @@ Pool& pool() {
 }  // namespace
 
 void run_parts(int parts, const Control& control, const std::function<void(int, int)>& work) {
-  Call call;
-  call.control = &control;
+  Call call(control, work, parts);
   const bool was_calling = calling;
   calling = true;
-  if (parts <= 1 || !pool().run(call, work, parts))
-    for (int part = 0; part < parts; ++part) call.run(work, part, parts);
+  const int helpers = std::min(parts, control.threads) - 1;
+  if (helpers < 1 || !pool().run(call, helpers)) call.take_parts();
   calling = was_calling;
   if (call.failure) std::rethrow_exception(call.failure);
   if (call.stop.load()) throw Interrupted{};

@@ -15,8 +15,10 @@ struct Control {
 // Raised in the calling thread once `Control::interrupted` has said yes; outputs are then undefined.
 struct Interrupted {};
 
-// Runs `work(part, parts)` for every part, part 0 on the calling thread. While another call holds the pool, all parts
-// run on the calling thread, which is never slower than waiting. Exceptions of a part reach the caller.
+// Runs `work(part, parts)` once for every part. The calling thread and the pool's take parts in their order, one at a
+// time: a thread that starts late or shares its processor takes fewer, and one that has not come when the last is taken
+// is not waited for. While another call holds the pool, all parts run on the calling thread, which is never slower than
+// waiting. Exceptions of a part reach the caller.
 void run_parts(int parts, const Control& control, const std::function<void(int part, int parts)>& work);
 
 // Whether the call under way should stop. Cheap; to be asked between tiles. Reads the clock on the calling thread.
