@@ -64,7 +64,6 @@ class Packed16 {
     for (double* value : {&scale_, &longest_, &residual_}) use(*value);
     for (double& value : stored_) use(value);
   }
-  void measure(const Control& control, Shelf* shelf);
   double pack(int64_t row, double* y);
 
   std::unique_ptr<KeptFile> file_;  // what words_ lies in, or null
@@ -117,7 +116,6 @@ class Packed8 {
     for (double* value : {&unit_, &longest_, &loudest_}) use(*value);
     for (double& value : stored_) use(value);
   }
-  void measure(const Control& control, Shelf* shelf);
   double pack(int64_t row, double* y);
   double squared_half_run(const int8_t* integers) const;
   void start_query(const int8_t* bytes, int32_t* start) const;

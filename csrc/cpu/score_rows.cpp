@@ -1,0 +1,158 @@
+#include "cpu/score_rows.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "cpu/spans.hpp"
+
+namespace cascade::cpu {
+namespace {
+
+constexpr int64_t room = 2 * lanes16;  // kernels write whole vectors past the end
+constexpr int64_t scores_in_cache =
+    12 << 20;  // bytes of score rows that a thread holds, its share of a last-level cache
+constexpr int64_t keys_in_cache = 384 << 10;  // bytes of packed keys that a run of tiles goes over
+
+}  // namespace
+
+ScoreRows::Memory& ScoreRows::kept_memory() {
+  thread_local Memory memory;
+  return memory;
+}
+
+ScoreRows::ScoreRows(const MineCall& call, std::span<const StagePacks> packed)
+    : call_(call),
+      kernels_(call.bank->kernels()),
+      layout_(packed.front().front()->layout()),
+      padded_(layout_.positions() + room) {
+  for (const StagePacks& packs : packed)
+    for (const Packed16* each : packs)
+      if (std::find(views_.begin(), views_.end(), each) == views_.end()) views_.push_back(each);
+  columns_ = views_.size();
+  for (const StagePacks& packs : packed) {
+    std::vector<size_t>& sources = sources_.emplace_back();
+    for (const Packed16* each : packs)
+      sources.push_back(static_cast<size_t>(std::find(views_.begin(), views_.end(), each) - views_.begin()));
+    column_.push_back(packs.size() == 1 ? sources.front() : columns_++);
+  }
+  const auto at_least = [](auto& each, size_t count) { each.resize(std::max(each.size(), count)); };
+  at_least(memory_.rows, columns_);
+  at_least(memory_.errors, columns_);
+  at_least(memory_.words, views_.size());
+  at_least(memory_.queries, views_.size());
+  const int64_t row_bytes = padded_ * static_cast<int64_t>(sizeof(int16_t) * columns_);
+  at_once_ = std::clamp<int64_t>(scores_in_cache / row_bytes / queries16 * queries16, queries16, 4 * queries16);
+  if (row_bytes * at_once_ > 8 * scores_in_cache) at_once_ = 4;
+  are_kept_ = row_bytes * at_once_ <= 2 * scores_in_cache;
+}
+
+ScoreRows::~ScoreRows() {
+  if (!are_kept_) memory_ = Memory{};
+}
+
+// Groups of 12, 8 or 4 queries, as even as they come.
+void ScoreRows::group(int64_t count) {
+  groups_.clear();
+  const int64_t needed = (count + queries16 - 1) / queries16;
+  int64_t left = count;
+  for (int64_t i = 0; i < needed; ++i) {
+    const int64_t share = (left + (needed - i) - 1) / (needed - i);
+    groups_.push_back(static_cast<int>(std::min<int64_t>(queries16, (share + 3) / 4 * 4)));
+    left = std::max<int64_t>(0, left - groups_.back());
+  }
+}
+
+void ScoreRows::pack(int64_t first, int64_t count) {
+  group(count);
+  int64_t padded = 0;
+  for (const int size : groups_) padded += size;
+  for (size_t view = 0; view < views_.size(); ++view) {
+    const Packed16& packed = *views_[view];
+    memory_.rows[view].reserve(padded * padded_);
+    memory_.words[view].reserve(padded * packed.steps());
+    std::fill_n(memory_.words[view].data(), padded * packed.steps(), 0);
+    memory_.queries[view].assign(padded, {});
+    memory_.errors[view].assign(padded, 0.0);
+    int32_t* words = memory_.words[view].data();
+    int64_t query = 0;
+    for (const int size : groups_) {
+      for (int i = 0; i < size && query < count; ++i, ++query) {
+        memory_.queries[view][query] = packed.pack_query(call_.queries, first + query, {}, words + i, size);
+        memory_.errors[view][query] = memory_.queries[view][query].error;
+      }
+      words += size * packed.steps();
+    }
+  }
+}
+
+// Every view's scores of all keys. Runs of key blocks stay in the cache while all groups of queries pass over them.
+bool ScoreRows::score(int64_t first, int64_t count) {
+  const Span span(Phase::score);
+  pack(first, count);
+  for (size_t view = 0; view < views_.size(); ++view) {
+    const Packed16& packed = *views_[view];
+    const int64_t block_bytes = packed.steps() * lanes16 * 4;
+    const int64_t run = std::max<int64_t>(1, keys_in_cache / block_bytes);
+    for (int64_t start = 0; start < layout_.blocks; start += run) {
+      if (should_stop()) return false;
+      const int64_t stop = std::min(layout_.blocks, start + run);
+      call_.bank->passed((stop - start) * block_bytes);
+      const int32_t* words = memory_.words[view].data();
+      int16_t* out = memory_.rows[view].data();
+      for (const int size : groups_) {
+        for (int64_t block = start; block < stop; ++block)
+          kernels_.tile16(words, size, packed.block(block), packed.steps(), out + block * lanes16, padded_);
+        words += size * packed.steps();
+        out += size * padded_;
+      }
+    }
+  }
+  fuse(first, count);
+  return true;
+}
+
+// The rows of `min` and `max` stages. All views' scores are brought to the unit in which the largest possible fits.
+void ScoreRows::fuse(int64_t first, int64_t count) {
+  for (size_t number = 0; number < sources_.size(); ++number) {
+    const std::vector<size_t>& sources = sources_[number];
+    if (sources.size() == 1) continue;
+    auto& row = memory_.rows[column_[number]];
+    row.reserve(count * padded_);
+    memory_.errors[column_[number]].resize(count);
+    for (int64_t query = 0; query < count; ++query)
+      memory_.errors[column_[number]][query] =
+          fuse_row(sources, call_.stages[number].fusion == Fusion::min, first, query, row.data() + query * padded_);
+  }
+}
+
+// Returns the row's error in its own units, infinite where the views have no unit in common.
+double ScoreRows::fuse_row(const std::vector<size_t>& sources, bool smaller, int64_t first, int64_t query,
+                           int16_t* out) const {
+  constexpr double largest = 32700;  // leaves room for rounding
+  constexpr double rounding = 0.02;  // of the floats in `fuse16`: a few units in the last place of 2^15 and 2^16
+  std::vector<double> constant;
+  std::vector<float> gain, offset;
+  std::vector<const int16_t*> rows;
+  double reach = 0, error = 0;
+  for (const size_t view : sources) {
+    constant.push_back(views_[view]->embedding().constant(call_.queries, first + query));
+    reach = std::max(reach, 32768 / memory_.queries[view][query].unit + std::abs(constant.back()));
+  }
+  const double unit = largest / reach;
+  for (size_t i = 0; i < sources.size(); ++i) {
+    const Packed16::Query& packed = memory_.queries[sources[i]][query];
+    const double factor = unit / packed.unit;
+    if (!(packed.error < hopeless16) || !std::isfinite(factor) || !std::isfinite(unit * constant[i]))
+      return std::numeric_limits<double>::infinity();
+    error = std::max(error, factor * (1 + packed.error) + rounding);
+    gain.push_back(static_cast<float>(factor));
+    offset.push_back(static_cast<float>(unit * constant[i]));
+    rows.push_back(memory_.rows[sources[i]].data() + query * padded_);
+  }
+  kernels_.fuse16(rows.data(), gain.data(), offset.data(), static_cast<int>(rows.size()), smaller, layout_.positions(),
+                  out);
+  return error;
+}
+
+}  // namespace cascade::cpu

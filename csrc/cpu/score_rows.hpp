@@ -1,0 +1,71 @@
+// The 16-bit scores of all keys for a few queries at a time, a row a query: what stages that keep a large share work
+// on.
+//
+// There is a column of rows for each distinct packed view, and after those one for each stage of several (`min`,
+// `max`). Such a stage's views are brought to one unit and fused: the smaller or larger of certified scores is a
+// certified score.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "cpu/buffer.hpp"
+#include "cpu/fast.hpp"
+
+namespace cascade::cpu {
+
+constexpr double hopeless16 = 4096;  // an error in score units with which the band is most of the bank
+
+class ScoreRows {
+ public:
+  // `packed` as in `dense_queries`. Rows are kept by the thread from call to call, unless they are uncommonly large.
+  ScoreRows(const MineCall& call, std::span<const StagePacks> packed);
+  ~ScoreRows();
+  ScoreRows(const ScoreRows&) = delete;
+  ScoreRows& operator=(const ScoreRows&) = delete;
+
+  const Layout& layout() const { return layout_; }
+  int64_t padded() const { return padded_; }    // a row's length with the room that kernels write past the end
+  int64_t at_once() const { return at_once_; }  // queries that one `score` may take
+  bool are_kept() const { return are_kept_; }
+  size_t columns() const { return columns_; }
+  size_t stages() const { return column_.size(); }
+  size_t column(size_t stage) const { return column_[stage]; }
+
+  // Scores the queries [first, first + count); false where the call is to stop.
+  bool score(int64_t first, int64_t count);
+
+  // Of the query first + `query`: its scores [positions], and by how much a stage's may be off.
+  int16_t* row(size_t column, int64_t query) { return memory_.rows[column].data() + query * padded_; }
+  double error(size_t stage, int64_t query) const { return memory_.errors[column_[stage]][query]; }
+
+ private:
+  struct Memory {
+    std::vector<Buffer<int16_t>> rows;                  // per column: [queries at a time, padded]
+    std::vector<std::vector<double>> errors;            // per column: [queries at a time]
+    std::vector<Buffer<int32_t>> words;                 // per view: the packed queries
+    std::vector<std::vector<Packed16::Query>> queries;  // per view: [queries at a time]
+  };
+  static Memory& kept_memory();
+
+  void group(int64_t count);
+  void pack(int64_t first, int64_t count);
+  void fuse(int64_t first, int64_t count);
+  double fuse_row(const std::vector<size_t>& sources, bool smaller, int64_t first, int64_t query, int16_t* out) const;
+
+  const MineCall& call_;
+  const Kernels& kernels_;
+  Layout layout_;
+  int64_t padded_;
+  std::vector<const Packed16*> views_;
+  std::vector<size_t> column_;                // per bounded stage
+  std::vector<std::vector<size_t>> sources_;  // per bounded stage, the views that its column is made of
+  size_t columns_ = 0;
+  std::vector<int> groups_;
+  int64_t at_once_;
+  bool are_kept_;
+  Memory& memory_ = kept_memory();
+};
+
+}  // namespace cascade::cpu
