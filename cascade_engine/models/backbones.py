@@ -43,6 +43,14 @@ def r3d_small(channels: int) -> tuple[nn.Module, int]:
     return _pooled(layers.to(memory_format=torch.channels_last_3d)), third
 
 
+class SubtractBackground(nn.Module):
+    """What moves: a clip less its mean over time, so that nothing is left of what stands still."""
+
+    def forward(self, clips: torch.Tensor) -> torch.Tensor:
+        """(B, C, T, H, W) to the same shape."""
+        return clips - clips.mean(dim=2, keepdim=True)
+
+
 class Residual(nn.Module):
     """Two convolutions, and what comes in added to what comes out.
 

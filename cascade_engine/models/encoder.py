@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from cascade_engine.errors import InvalidInput
-from cascade_engine.models.backbones import r2plus1d18, r3d18, r3d_small, s3d, small3d
+from cascade_engine.models.backbones import SubtractBackground, r2plus1d18, r3d18, r3d_small, s3d, small3d
 from cascade_engine.models.norm import Norm, group_batch_norm, with_group_norm
 
 # name -> backbone of so many input channels, and the width of its features
@@ -47,7 +47,15 @@ class Encoder(nn.Module):
         return nn.functional.normalize(projected.float(), dim=1)
 
 
-def build_encoder(name: str, channels: int, *, dim: int = 128, norm: Norm = "batch", norm_groups: int = 1) -> Encoder:
+def build_encoder(
+    name: str,
+    channels: int,
+    *,
+    dim: int = 128,
+    norm: Norm = "batch",
+    norm_groups: int = 1,
+    subtract_background: bool = False,
+) -> Encoder:
     """A freshly initialised encoder; torch's default generator draws its weights.
 
     Args:
@@ -57,6 +65,7 @@ def build_encoder(name: str, channels: int, *, dim: int = 128, norm: Norm = "bat
         norm: ``"batch"``, or ``"group"``: group norm instead, which sees one clip alone.
         norm_groups: in training, batch norm takes its statistics over this many groups of the batch (see
             `group_batch_norm`). The weights' names do not depend on it.
+        subtract_background: the net sees each clip less its mean over time.
 
     Raises:
         InvalidInput: an unknown name, or a number under 1.
@@ -68,5 +77,7 @@ def build_encoder(name: str, channels: int, *, dim: int = 128, norm: Norm = "bat
             f"encoder: expected channels, dim and norm_groups of at least 1, got {channels}, {dim}, {norm_groups}"
         )
     backbone, width = ENCODERS[name](channels)
+    if subtract_background:
+        backbone = nn.Sequential(SubtractBackground(), backbone)
     encoder = Encoder(backbone, width, dim)
     return with_group_norm(encoder) if norm == "group" else group_batch_norm(encoder, norm_groups)

@@ -68,6 +68,9 @@ class ModelConfig:
     momentum: float = option(0.999, "of the key encoder")
     norm: Literal["batch", "group"] = option("batch", "batch norm, or group norm, which knows one clip alone")
     norm_groups: int = option(2, "groups of a batch that batch norm is taken over, keys shuffled among them; 1: plain")
+    subtract_background: tuple[str, ...] = option(
+        (), "views whose net sees each clip less its mean over time: what stands still is not seen"
+    )
 
     def __post_init__(self) -> None:
         """Refuse an encoder that does not exist."""
@@ -215,11 +218,16 @@ class TrainConfig:
     phase: tuple[PhaseConfig, ...] = option((), "One phase a row, in order.")
 
     def __post_init__(self) -> None:
-        """Refuse phases that name views or phases which do not exist."""
+        """Refuse views and phases which do not exist."""
         try:
             chosen_views(self.views)
         except InvalidInput as error:
             raise InvalidInput(f"views: {error}") from None
+        for view in self.model.subtract_background:
+            if view not in self.views:
+                raise InvalidInput(
+                    f"model.subtract_background: expected the run's views {', '.join(self.views)}, got {view!r}"
+                )
         if not self.phase:
             raise InvalidInput("phase: expected at least one phase, got none")
         known: dict[str, PhaseConfig] = {}

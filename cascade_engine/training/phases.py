@@ -6,11 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-from cascade_engine.models import Encoder, build_encoder
+from cascade_engine.models import Encoder
 from cascade_engine.plan import PRESETS
 from cascade_engine.training.config import PhaseConfig, TrainConfig
-from cascade_engine.training.run import INITIAL, Run
-from cascade_engine.video.cache import channels
+from cascade_engine.training.run import INITIAL, Run, fresh_encoder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,10 +100,10 @@ def start_weights(run: Run, number: int) -> tuple[Encoder, dict[str, Encoder]]:
 
 def make_initial(run: Run) -> None:
     """Draw every view's first weights from the seed and keep them as the phase ``initial``."""
-    config, model = run.config, run.config.model
+    config = run.config
     encoders = {}
     with torch.random.fork_rng(devices=[]):
         for number, view in enumerate(config.views):
             torch.manual_seed(config.seed * 1009 + number)
-            encoders[view] = build_encoder(model.encoder, channels(view), dim=model.dim, norm=model.norm)
+            encoders[view] = fresh_encoder(config, view)
     run.save_encoders(INITIAL, encoders)

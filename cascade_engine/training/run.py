@@ -151,8 +151,7 @@ class Run:
         """
         source = self.trained_in(view, phase)
         state = checkpoint.load(self.phase_path(source))
-        model = self.config.model
-        encoder = build_encoder(model.encoder, channels(view), dim=model.dim, norm=model.norm)
+        encoder = fresh_encoder(self.config, view)
         if view not in state["encoders"]:
             raise CheckpointError(f"{self.phase_path(source)}: expected the view {view!r}, got none")
         load_weights(encoder, state["encoders"][view], str(self.phase_path(source)))
@@ -178,6 +177,18 @@ class Run:
             return []
         with path.open(newline="", encoding="utf-8") as file:
             return [{key: _number(value) for key, value in row.items()} for row in csv.DictReader(file)]
+
+
+def fresh_encoder(config: TrainConfig, view: str) -> Encoder:
+    """The encoder of `view` as the config says, its weights drawn from torch's default generator."""
+    model = config.model
+    return build_encoder(
+        model.encoder,
+        channels(view),
+        dim=model.dim,
+        norm=model.norm,
+        subtract_background=view in model.subtract_background,
+    )
 
 
 def _number(text: str | None) -> Any:
