@@ -26,7 +26,7 @@ def classifier(views=("rgb", "residual"), *, labels=LABELS, crops=1, seed=0, fea
     """Random encoders, their batch norm settled on random clips, and classifiers that tell those clips apart."""
     torch.manual_seed(seed)
     channels = {"rgb": 3, "residual": 3, "flow": 2}
-    streams = {v: Stream(build_encoder("small3d", channels[v]), len(labels), features) for v in views}
+    streams = {v: Stream(build_encoder("r3d_small", channels[v]), len(labels), features) for v in views}
     made = Classifier(streams, side=SIDE, crops=crops)
     with torch.no_grad():
         for view, stream in streams.items():

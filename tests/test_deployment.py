@@ -175,7 +175,7 @@ def test_flow_turns_with_its_mirror_image_and_grows_with_its_corner():
 
 def test_a_model_without_labels_gives_the_projection_that_mining_compares():
     torch.manual_seed(0)
-    encoder = build_encoder("small3d", 3).eval()
+    encoder = build_encoder("r3d_small", 3).eval()
     made = Classifier({"rgb": Stream(encoder, 0, "projection")}, side=deployed.SIDE).eval()
     clips = deployed.pixels("rgb", 2)
     with torch.no_grad():
@@ -185,11 +185,11 @@ def test_a_model_without_labels_gives_the_projection_that_mining_compares():
 
 
 def test_streams_that_do_not_fit_are_refused():
-    stream = Stream(build_encoder("small3d", 3), 2)
+    stream = Stream(build_encoder("r3d_small", 3), 2)
     with pytest.raises(InvalidInput, match="streams: expected views among"):
         Classifier({"sound": stream}, side=32)
     with pytest.raises(InvalidInput, match="as many classes in each"):
-        Classifier({"rgb": stream, "residual": Stream(build_encoder("small3d", 3), 3)}, side=32)
+        Classifier({"rgb": stream, "residual": Stream(build_encoder("r3d_small", 3), 3)}, side=32)
     with pytest.raises(InvalidInput, match="crops: expected one of 1, 2, 5, 10, got 3"):
         Classifier({"rgb": stream}, side=32, crops=3)
     small = Classifier({"rgb": stream}, side=deployed.SIZE, crops=5)

@@ -22,23 +22,23 @@ def test_encoders_take_any_clip_and_give_unit_vectors(name, channels, shape):
 
 
 def test_unknown_encoder_and_bad_numbers_are_refused():
-    with pytest.raises(InvalidInput, match="encoder: expected one of small3d, r3d_small"):
+    with pytest.raises(InvalidInput, match="encoder: expected one of r3d_small"):
         build_encoder("s4d", 3)
     with pytest.raises(InvalidInput, match="at least 1"):
-        build_encoder("small3d", 0)
+        build_encoder("r3d_small", 0)
 
 
 def test_one_generator_one_encoder():
     torch.manual_seed(3)
-    first = build_encoder("small3d", 3).state_dict()
+    first = build_encoder("r3d_small", 3).state_dict()
     torch.manual_seed(3)
-    again = build_encoder("small3d", 3, norm_groups=4).state_dict()
+    again = build_encoder("r3d_small", 3, norm_groups=4).state_dict()
     assert list(first) == list(again)
     assert all(torch.equal(first[name], again[name]) for name in first)
 
 
 def test_weights_are_loaded_strictly():
-    encoder, other = build_encoder("small3d", 3), build_encoder("small3d", 2)
+    encoder, other = build_encoder("r3d_small", 3), build_encoder("r3d_small", 2)
     before = {name: value.clone() for name, value in encoder.state_dict().items()}
     state = dict(other.state_dict())
     del state["head.2.bias"]
@@ -49,7 +49,7 @@ def test_weights_are_loaded_strictly():
     assert "file.pt" in message
     assert "missing: head.2.bias" in message
     assert "extra: extra" in message
-    assert "misshapen: backbone.0.0.weight (32, 2, 3, 5, 5) instead of (32, 3, 3, 5, 5)" in message
+    assert "misshapen: backbone.0.0.weight (16, 2, 3, 5, 5) instead of (16, 3, 3, 5, 5)" in message
     assert all(torch.equal(before[name], value) for name, value in encoder.state_dict().items())
 
 
@@ -75,14 +75,14 @@ def test_a_group_does_not_see_the_clips_of_another():
     changed = clips.clone()
     changed[2:] += 1.0
     torch.manual_seed(0)
-    grouped = build_encoder("small3d", 3, norm_groups=2).train()
+    grouped = build_encoder("r3d_small", 3, norm_groups=2).train()
     assert torch.equal(grouped(clips)[:2], grouped(changed)[:2])
     torch.manual_seed(0)
-    plain = build_encoder("small3d", 3).train()
+    plain = build_encoder("r3d_small", 3).train()
     assert not torch.equal(plain(clips)[:2], plain(changed)[:2])
 
 
-@pytest.mark.parametrize("name", ["small3d", "r3d18", "s3d"])
+@pytest.mark.parametrize("name", ["r3d_small", "r3d18", "s3d"])
 def test_group_norm_sees_one_clip_and_computes_alike_in_training_and_evaluation(name):
     clips = torch.randn(2, 3, 8, 32, 32)
     encoder = build_encoder(name, 3, norm="group").train()
@@ -95,7 +95,7 @@ def test_group_norm_sees_one_clip_and_computes_alike_in_training_and_evaluation(
 
 
 def test_momentum_encoder_follows_slowly_and_has_no_gradients():
-    encoder = build_encoder("small3d", 2)
+    encoder = build_encoder("r3d_small", 2)
     keys = MomentumEncoder(encoder, 0.9)
     start = [each.clone() for each in keys.encoder.parameters()]
     with torch.no_grad():
@@ -119,3 +119,27 @@ def test_r3d_features_are_torchvisions():
     clips = torch.randn(1, 3, 4, 32, 32)
     with torch.no_grad():
         assert torch.equal(encoder.backbone(clips), net(clips))
+
+
+def test_a_clip_alone_is_normalised_even_where_nothing_is_left_to_average():
+    """A net that ends at 1 x 1 x 1 and a last batch of one clip: torch's own batch norm raises there."""
+    for groups in (1, 4):
+        encoder = build_encoder("r3d_small", 2, norm_groups=groups).train()
+        encoder(torch.randn(8, 2, 4, 32, 32))
+        last = [each for each in encoder.modules() if isinstance(each, torch.nn.BatchNorm3d)][-1]
+        before = last.running_var.clone()
+        found = encoder(torch.randn(1, 2, 4, 16, 16))
+        found.sum().backward()
+        assert torch.isfinite(found).all()
+        assert torch.equal(last.running_var, before)
+
+
+def test_subtracted_background_leaves_what_moves():
+    torch.manual_seed(0)
+    encoder = build_encoder("r3d_small", 3, subtract_background=True).eval()
+    clips = torch.randn(2, 3, 4, 32, 32)
+    torch.testing.assert_close(encoder(clips), encoder(clips + torch.rand(2, 3, 1, 32, 32)), atol=1e-5, rtol=0)
+    torch.manual_seed(0)
+    plain = build_encoder("r3d_small", 3).eval()
+    torch.testing.assert_close(encoder(clips), plain(clips - clips.mean(2, keepdim=True)), atol=1e-6, rtol=0)
+    assert not torch.allclose(plain(clips), encoder(clips), atol=1e-4)

@@ -42,7 +42,7 @@ def test_what_is_written_reads_back(tmp_path):
         ("loss.temperature=0", "loss: temperature: expected a number above 0"),
         ("clip.apart=-2", "clip: expected frames, size and stride of at least 1 and apart of at least -1"),
         ("clip.stride=0", "clip: expected frames, size and stride of at least 1"),
-        ("model.encoder=vit", "model: encoder: expected one of small3d"),
+        ("model.encoder=vit", "model: encoder: expected one of r3d_small"),
         ("phase.4.lr=1", "phase.4.lr: no row '4'; there are 1 to 3: rgb, flow, rgb2"),
         ("phase.2.plan=rgb:5,flow:x", "phase.2: plan: expected a count, a percentage or 'prev' at position 12"),
         ("phase.2.plan=residual:5", "phase.2: plan: expected the views flow, rgb, got 'residual'"),
@@ -82,7 +82,7 @@ def test_files_that_are_no_config(tmp_path):
 
 
 def encoders():
-    return {"rgb": build_encoder("small3d", 3), "flow": build_encoder("small3d", 2)}
+    return {"rgb": build_encoder("r3d_small", 3), "flow": build_encoder("r3d_small", 2)}
 
 
 def test_a_run_hands_out_the_encoders_of_its_phases(tmp_path):

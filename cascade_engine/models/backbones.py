@@ -7,25 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-SMALL_WIDTH = 32  # of small3d's first layer; the others are multiples of it
-R3D_SMALL_WIDTH = 16  # of r3d_small's
-
-
-def small3d(channels: int) -> tuple[nn.Module, int]:
-    """A net for CPUs: a strided stem, then convolutions factored in space and time, 0.3 million weights.
-
-    Its stem divides height and width by four at once: at 8 x 56 x 56 that is where nearly all the time would go.
-    """
-    first, second, third = SMALL_WIDTH, 2 * SMALL_WIDTH, 4 * SMALL_WIDTH
-
-    layers = [
-        *_layer(channels, first, (3, 5, 5), (2, 4, 4)),
-        *_layer(first, second, (1, 3, 3), (1, 1, 1)),
-        *_layer(second, second, (3, 1, 1), (1, 1, 1)),
-        *_layer(second, third, (1, 3, 3), (1, 2, 2)),
-        *_layer(third, third, (3, 1, 1), (2, 1, 1)),
-    ]
-    return _pooled(nn.Sequential(*layers)), third
+SMALL_WIDTH = 16  # of r3d_small's first layer; the others are multiples of it
 
 
 def r3d_small(channels: int) -> tuple[nn.Module, int]:
@@ -33,7 +15,7 @@ def r3d_small(channels: int) -> tuple[nn.Module, int]:
 
     They lie with the channels last: a step of 64 clips of 8 x 32 x 32 took 133 ms so, and 172 otherwise.
     """
-    first, second, third = R3D_SMALL_WIDTH, 2 * R3D_SMALL_WIDTH, 4 * R3D_SMALL_WIDTH
+    first, second, third = SMALL_WIDTH, 2 * SMALL_WIDTH, 4 * SMALL_WIDTH
     layers = nn.Sequential(
         *_layer(channels, first, (3, 5, 5), (1, 2, 2)),
         Residual(first, first, (1, 2, 2)),

@@ -8,12 +8,11 @@ import torch
 from torch import nn
 
 from cascade_engine.errors import InvalidInput
-from cascade_engine.models.backbones import SubtractBackground, r2plus1d18, r3d18, r3d_small, s3d, small3d
+from cascade_engine.models.backbones import SubtractBackground, r2plus1d18, r3d18, r3d_small, s3d
 from cascade_engine.models.norm import Norm, group_batch_norm, with_group_norm
 
 # name -> backbone of so many input channels, and the width of its features
 ENCODERS: dict[str, Callable[[int], tuple[nn.Module, int]]] = {
-    "small3d": small3d,
     "r3d_small": r3d_small,
     "s3d": s3d,
     "r3d18": r3d18,

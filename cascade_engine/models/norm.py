@@ -22,7 +22,9 @@ GROUPS = 8  # of group norm, where they divide the channels
 class GroupedBatchNorm3d(nn.BatchNorm3d):
     """Batch norm whose training statistics are taken over `groups` consecutive parts of the batch.
 
-    In evaluation it is plain batch norm. Running statistics move once a batch, to the mean over the groups.
+    In evaluation it is plain batch norm. Running statistics move once a batch, to the mean over the groups. A part with
+    a single value per channel has no spread (one clip, shrunk to 1 x 1 x 1): the batch is then normalised by the running
+    statistics, which stay as they are.
 
     Source: He et al., CVPR 2020 (MoCo), section 3.3, for the leak and the shuffle.
     """
@@ -31,12 +33,16 @@ class GroupedBatchNorm3d(nn.BatchNorm3d):
 
     def forward(self, batch: torch.Tensor) -> torch.Tensor:
         """Normalise (B, C, T, H, W)."""
-        if not self.training or self.groups == 1:
+        parts = torch.tensor_split(batch, max(1, min(self.groups, len(batch))))
+        if not self.training or any(part.numel() <= part.shape[1] for part in parts):
+            return nn.functional.batch_norm(
+                batch, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
+            )
+        if self.groups == 1:
             return super().forward(batch)
         assert self.running_mean is not None
         assert self.running_var is not None
         assert self.num_batches_tracked is not None
-        parts = torch.tensor_split(batch, min(self.groups, len(batch)))
         share = self.momentum if self.momentum is not None else 0.1
         means, variances = self.running_mean.new_zeros(2, len(parts), self.num_features)
         done = []

@@ -63,7 +63,7 @@ class AugmentConfig:
 class ModelConfig:
     """The encoder of each view, its head and its momentum copy."""
 
-    encoder: str = option("small3d", f"one of {', '.join(ENCODERS)}")
+    encoder: str = option("r3d_small", f"one of {', '.join(ENCODERS)}")
     dim: int = option(128, "width of the embedding that is mined and contrasted")
     momentum: float = option(0.999, "of the key encoder")
     norm: Literal["batch", "group"] = option("batch", "batch norm, or group norm, which knows one clip alone")

@@ -89,7 +89,7 @@ def _tiny() -> TrainConfig:
         data=DataConfig(source="mocap15:64", cache="cache/mocap15", size=96),
         clip=ClipConfig(frames=8, stride=2, size=32, apart=6),
         augment=AugmentConfig(tempo=0.3),
-        model=ModelConfig(encoder="r3d_small", momentum=0.97),
+        model=ModelConfig(momentum=0.97),
         bank=BankConfig(size=512),
         loss=LossConfig(siblings="ignore", in_batch=True),
         optim=OptimConfig(batch=64, threads=2),
