@@ -22,9 +22,9 @@ GROUPS = 8  # of group norm, where they divide the channels
 class GroupedBatchNorm3d(nn.BatchNorm3d):
     """Batch norm whose training statistics are taken over `groups` consecutive parts of the batch.
 
-    In evaluation it is plain batch norm. Running statistics move once a batch, to the mean over the groups. A part with
-    a single value per channel has no spread (one clip, shrunk to 1 x 1 x 1): the batch is then normalised by the running
-    statistics, which stay as they are.
+    In evaluation it is plain batch norm. Running statistics move once a batch, to the mean over the groups. A part that
+    has a single value per channel has no spread (one clip, shrunk to 1 x 1 x 1): the batch is then normalised by the
+    running statistics, which stay as they are.
 
     Source: He et al., CVPR 2020 (MoCo), section 3.3, for the leak and the shuffle.
     """
