@@ -125,7 +125,7 @@ class Augment:
         theta[:, :, 2] = draws.centre.to(stored.device)
         usual = math.sqrt(sum(self.area) / 2)
         together = TOGETHER if stored.device.type == "cpu" else max(1, len(stored))
-        parts = zip(stored.split(together), theta.split(together), strict=True)
+        parts = zip(torch.split(stored, together), torch.split(theta, together), strict=True)
         pictures = torch.cat([_sampled(_planes(view, part), cut, self.size, usual) for part, cut in parts])
         if VIEWS[view].displaces:
             tempo, drift = draws.tempo.to(stored.device), draws.drift.to(stored.device)
