@@ -43,6 +43,7 @@ def test_what_is_written_reads_back(tmp_path):
         ("clip.apart=-2", "clip: expected frames, size and stride of at least 1 and apart of at least -1"),
         ("clip.stride=0", "clip: expected frames, size and stride of at least 1"),
         ("model.encoder=vit", "model: encoder: expected one of r3d_small"),
+        ("model.subtract_background=['residual']", "model.subtract_background: expected the run's views rgb, flow"),
         ("phase.4.lr=1", "phase.4.lr: no row '4'; there are 1 to 3: rgb, flow, rgb2"),
         ("phase.2.plan=rgb:5,flow:x", "phase.2: plan: expected a count, a percentage or 'prev' at position 12"),
         ("phase.2.plan=residual:5", "phase.2: plan: expected the views flow, rgb, got 'residual'"),
