@@ -22,12 +22,12 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tuned(run):
-    return finetune(run, FinetuneConfig(view="rgb", epochs=15, batch=8))
+    return finetune(run, FinetuneConfig(view="rgb", epochs=30, batch=8))
 
 
 def test_colours_are_learnt(tuned):
     assert tuned.labels == ("blue", "green", "red")
-    assert [row["epoch"] for row in tuned.curve] == list(range(1, 16))
+    assert [row["epoch"] for row in tuned.curve] == list(range(1, 31))
     assert tuned.curve[-1]["loss"] < tuned.curve[0]["loss"]
     scores = judge([tuned])
     assert scores.confusion.sum() == 6

@@ -33,8 +33,10 @@ class GroupedBatchNorm3d(nn.BatchNorm3d):
 
     def forward(self, batch: torch.Tensor) -> torch.Tensor:
         """Normalise (B, C, T, H, W)."""
+        if not self.training:
+            return super().forward(batch)
         parts = torch.tensor_split(batch, max(1, min(self.groups, len(batch))))
-        if not self.training or any(part.numel() <= part.shape[1] for part in parts):
+        if any(part.numel() <= part.shape[1] for part in parts):
             return nn.functional.batch_norm(
                 batch, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
             )
