@@ -16,7 +16,7 @@ HELD_OUT = 4  # every fourth video of a label is for testing
 LEAST_LABELS = 2
 
 
-VIDEOS_PER_CLASS = 40  # fewer than the tiny preset has: rendering and fine-tuning are to fit into ten minutes as well
+VIDEOS_PER_CLASS = 48  # fewer than the tiny preset has: rendering and fine-tuning are to fit into ten minutes as well
 
 
 def fewer_videos(config: TrainConfig) -> TrainConfig:
