@@ -13,6 +13,7 @@ from pathlib import Path
 
 from cascade_engine.evaluation.page import write_report
 from cascade_engine.evaluation.run_report import ReportConfig, run_sections
+from cascade_engine.plan import CascadePlan
 from cascade_engine.training.run import Run
 
 
@@ -21,7 +22,8 @@ def main(run: str, picture: str, query: int = 0) -> None:
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     if browser is None:
         raise SystemExit("chromium is needed to draw the page")
-    sections = run_sections(Run.open(run), ReportConfig(queries=1, seed=query))
+    plan = CascadePlan.preset("cpr", oracle="flow", trainee="rgb", k=5)
+    sections = run_sections(Run.open(run), ReportConfig(plan=plan, queries=1, seed=query))
     drawn = [section for section in sections if "cascade" in section.title]
     with tempfile.TemporaryDirectory() as folder:
         page = write_report(Path(folder) / "page.html", "A cascade", drawn)
