@@ -16,14 +16,6 @@ HELD_OUT = 4  # every fourth video of a label is for testing
 LEAST_LABELS = 2
 
 
-VIDEOS_PER_CLASS = 48  # fewer than the tiny preset has: rendering and fine-tuning are to fit into ten minutes as well
-
-
-def fewer_videos(config: TrainConfig) -> TrainConfig:
-    """The config with as many rendered videos as a demo has time for."""
-    return replace(config, data=replace(config.data, source=f"mocap15:{VIDEOS_PER_CLASS}"))
-
-
 @dataclass(frozen=True, kw_only=True)
 class DemoOptions:
     """What to run, and where.
@@ -41,7 +33,7 @@ class DemoOptions:
     videos: Path | None = None
     seed: int = 0
     epochs: int = 20
-    config: TrainConfig = field(default_factory=lambda: fewer_videos(preset("tiny")))
+    config: TrainConfig = field(default_factory=lambda: preset("tiny"))
 
     def course(self) -> TrainConfig:
         """The config of the demo's run."""

@@ -86,7 +86,7 @@ def _tiny() -> TrainConfig:
     """The whole method on mocap15 in minutes, on two CPU cores."""
     return TrainConfig(
         name="tiny",
-        data=DataConfig(source="mocap15:64", cache="cache/mocap15", size=96, workers=1),
+        data=DataConfig(source="mocap15:48", cache="cache/mocap15", size=96, workers=1),
         clip=ClipConfig(frames=8, stride=2, size=32, apart=6),
         augment=AugmentConfig(area=0.2, tempo=0.3),
         model=ModelConfig(momentum=0.97, subtract_background=("rgb",)),
