@@ -46,7 +46,7 @@ def filled(model, folder, tmp_path_factory):
 def test_a_row_for_each_window_holds_what_the_model_says(model, folder, filled):
     results = list(predict(model, sorted(folder.glob("*.mp4"))))
     with FeatureStore.open(filled) as store:
-        assert store.views == {"rgb_backbone": 128, "residual_backbone": 128}
+        assert store.views == {"rgb_backbone": 64, "residual_backbone": 64}
         assert store.rows == sum(len(each.windows) for each in results)
         for view in ("rgb", "residual"):
             expected = np.concatenate([[window.features[view] for window in each.windows] for each in results])

@@ -49,7 +49,7 @@ def test_a_part_left_out_of_the_store_finds_its_video(videos, tmp_path):
             start, end = frames.time[middle], frames.time[middle + 10]
             hits = query(model, store, part, k=1, where=f"end <= {start} or start >= {end}")
             right.append(Path(hits[0].path) == path)
-    assert np.mean(right) > 3 / len(videos)  # random weights; a blind choice is right once
+    assert sum(right) >= min(4, len(videos))  # random weights; a blind choice is right once
 
 
 def test_the_left_out_benchmark_counts_rightly(tmp_path):
