@@ -63,9 +63,12 @@ def test_what_a_clip_becomes_does_not_depend_on_its_companions(clips):
             torch.testing.assert_close(augment.apply(name, stored[n : n + 1], alone)[0], joint[n], atol=1e-6, rtol=0)
 
 
-def test_a_fine_pattern_is_averaged_not_sampled_here_and_there():
-    board = (np.indices((96, 96)).sum(0) % 2 * 254 - 127).astype(np.int8)
-    stored = np.broadcast_to(board[..., None], (3, 2, 96, 96, 2))
+@pytest.mark.parametrize("side", [96, 97])
+@pytest.mark.parametrize("across", [(0, 1), (0,), (1,)])
+def test_a_fine_pattern_is_averaged_not_sampled_here_and_there(side, across):
+    """A chessboard, and stripes either way."""
+    board = (np.indices((side, side))[list(across)].sum(0) % 2 * 254 - 127).astype(np.int8)
+    stored = np.broadcast_to(board[..., None], (3, 2, side, side, 2))
     made = Augment(size=32)({"flow": stored}, torch.Generator().manual_seed(0))["flow"]
     assert made.abs().max() < 0.05
 

@@ -22,8 +22,8 @@ namespace {
 using Clock = std::chrono::steady_clock;
 constexpr auto poll_every = std::chrono::milliseconds(30);
 constexpr int spins = 4000;  // about 20 us: shorter than a sleep and wake-up, too short to hurt a neighbour
-constexpr size_t few_workers =
-    8;  // of more, one on the caller's processor is a small loss, and barring each costs 1 us
+// Of more workers, one on the caller's processor is a small loss, and barring each costs 1 us.
+constexpr size_t few_workers = 8;
 
 inline void relax() {
 #if defined(__x86_64__)
