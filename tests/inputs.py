@@ -63,10 +63,23 @@ def positive(rng: np.random.Generator, rows: int, dim: int) -> np.ndarray:
     return np.maximum(separated(rng, rows, dim), 0)
 
 
+def lengths(rng: np.random.Generator, rows: int, dim: int) -> np.ndarray:
+    """Lengths of a log-normal distribution, sigma 3: the longest of thousands is 10,000 times the median."""
+    return (separated(rng, rows, dim) * np.exp(3 * rng.standard_normal((rows, 1)))).astype(np.float32)
+
+
+def giant(rng: np.random.Generator, rows: int, dim: int) -> np.ndarray:
+    """One row a million times as long as the many tiny ones, in a bank and among queries."""
+    x = separated(rng, rows, dim) * np.float32(1e-3)
+    x[[rows // 3, rows - 1]] *= np.float32(1e6)
+    return x
+
+
 FAMILIES = {
     each.__name__: each
     for each in (
-        lattice, separated, near_tie, outlier, common_mean, scales, constant, duplicates, positive
+        lattice, separated, near_tie, outlier, common_mean, scales, constant, duplicates, positive,
+        lengths, giant,
     )
 }  # fmt: skip
 CORE = ("lattice", "separated", "near_tie")

@@ -15,6 +15,7 @@
 #include "cpu/backend.hpp"
 #include "cpu/contrast.hpp"
 #include "cpu/threshold.hpp"
+#include "packed_test.hpp"
 #include "pool_test.hpp"
 
 namespace {
@@ -79,11 +80,18 @@ std::vector<int64_t> expected(const Problem& p, int64_t q) {
   return alive;
 }
 
-constexpr int families = 12;
+constexpr int families = 14;
 constexpr int first_for_8_bits = 7;  // the first stages of these families take the 8-bit stream
 
+// A number drawn from a normal distribution for a row, the same each time.
+float normal_of(int64_t row) {
+  std::mt19937 own(static_cast<unsigned>(row));
+  return std::normal_distribution<float>()(own);
+}
+
 // Families that are easy, tied, skewed, off centre, of wild lengths, denormal, constant, of near ties in what large
-// products leave, of products that floats do not hold, of few large values among small ones, of signs, wide.
+// products leave, of products that floats do not hold, of few large values among small ones, of signs, wide, of widely
+// spread lengths, of one giant among dwarfs.
 float value(int family, std::mt19937& rng, int64_t row, int64_t d) {
   std::normal_distribution<float> normal;
   switch (family) {
@@ -107,6 +115,10 @@ float value(int family, std::mt19937& rng, int64_t row, int64_t d) {
       return rng() % 16 == 0 ? 100.0f : normal(rng);
     case 10:
       return rng() % 2 == 0 ? 1.0f : -1 + 1e-3f * normal(rng);
+    case 12:
+      return normal(rng) * std::exp(3 * normal_of(row));
+    case 13:
+      return normal(rng) * (row % 701 == 5 ? 1e7f : 1e-3f * static_cast<float>(1 + row % 3));
     default:
       return normal(rng);
   }
@@ -297,6 +309,7 @@ int main(int count, char** words) {
       failures += !bounds_test::tiles_right(isa, rng);
       failures += !bounds_test::float_products_right(isa, rng);
       failures += !bounds_test::brackets_right(isa, rng);
+      failures += !packed_test::bounds8_hold(isa, rng);
     }
     std::printf("%s: %d problems\n", isa.name, problems);
   }

@@ -5,6 +5,11 @@
 // <p^, y^> is an exact integer times the two scales. The norms on the right are not estimated: they are measured in
 // float64 when a row is packed, and rounded up.
 //
+// 8-bit keys have a bound each, one product long. Where a query loses the share |e_p| / |p^| of its length, the right
+// is |p^| (|e_y| + |e_p| / |p^| |y|); a key stores r = |e_y| + share |y| for the share that queries are expected to
+// lose, and beta = max(|p^|, |e_p| / share) makes beta r no less than that for any query. So what a long key costs is
+// its own: with the bank's longest row in place of |y|, a stage over keys of widely spread lengths ruled nothing out.
+//
 // Keys are interleaved: slot = block + lane * blocks, so that every block is a strided sample of the bank even where
 // neighbours are clips of one video, and thresholds guessed from a few blocks are fair.
 #pragma once
@@ -77,7 +82,7 @@ class Packed16 {
   Buffer<int32_t> words_;       // [blocks, steps, 32]
 };
 
-// Four 8-bit values a word, a scale and a residual norm for each key.
+// Four 8-bit values a word, a scale and r for each key.
 class Packed8 {
  public:
   Packed8(std::span<const Matrix> bank, Metric metric, std::vector<int32_t> views, const Kernels& kernels,
@@ -101,8 +106,8 @@ class Packed8 {
   double longest(int32_t view) const;
 
   struct Query {
-    float beta;    // |p^| in the tile's units: how much of a key's residual an upper bound adds
-    float margin;  // the rest of the bound, the same for all keys
+    float beta;    // in the tile's units: how much of a key's r an upper bound adds
+    float margin;  // the rest of the bound, the same for all keys: the contract's own rounding
   };
   // In the tile's units the score lies in [u - 2 beta residual - margin, u + margin] for the tile's result u.
   // Writes its bytes [steps * 4] and its words of `start` [runs].
@@ -113,13 +118,13 @@ class Packed8 {
   template <class Use>
   void parameters(const Use& use) {
     embedding_.parameters(use);
-    for (double* value : {&unit_, &longest_, &loudest_}) use(*value);
+    for (double* value : {&unit_, &share_, &loudest_}) use(*value);
     for (double& value : stored_) use(value);
   }
   double pack(int64_t row, double* y);
   double squared_half_run(const int8_t* integers) const;
   void start_query(const int8_t* bytes, int32_t* start) const;
-  void choose_rotation(Shelf* shelf);
+  void learn(Shelf* shelf);
 
   std::unique_ptr<KeptFile> file_;  // what the buffers lie in, or null
   Embedding embedding_;
@@ -129,11 +134,11 @@ class Packed8 {
   bool sums_runs_;
   double loudest_ = 0;  // the largest `squared_half_run` of a key
   double unit_ = 1;     // keys are divided by this, so that floats serve whatever the features' size
-  double longest_ = 0;  // the largest |y| / unit
+  double share_ = 1;    // of its length that a query is expected to lose
   std::vector<double> stored_;
   Buffer<uint8_t> bytes_;   // [blocks, steps, 64, 4], 128 added
   Buffer<float> scale_;     // [blocks, 64], NaN in empty lanes
-  Buffer<float> residual_;  // [blocks, 64]
+  Buffer<float> residual_;  // [blocks, 64], r
 };
 
 }  // namespace cascade::cpu

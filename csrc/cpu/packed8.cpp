@@ -10,9 +10,10 @@ namespace cascade::cpu {
 namespace {
 
 constexpr double no_smaller = 1e-30;  // scales relative to the longest key: floats never turn denormal
-// float operations in the tile: conversion of the integer, two products' roundings, each 2^-24 of at most
-// |p^| |y^| + |p^| |e_y| <= 4 |p| |y|; twice that for the comparison values.
-constexpr double float_rounding = 4e-6;
+// Roundings of the tile's floats, 2^-24 each: those of the integer and its product, at most |p^| |y^| <= 4 |p| |y|, in
+// u and again in l, relative to |p| |y|; and those of beta residual, relative to it.
+constexpr double float_rounding = 4e-6, beta_rounding = 1 + 1e-6;
+constexpr double double_rounding = 1e-15;  // of |y|: dividing by the unit and measuring what is lost
 
 float up(double value) { return std::nextafter(static_cast<float>(value), std::numeric_limits<float>::infinity()); }
 
@@ -44,11 +45,10 @@ Packed8::Packed8(std::span<const Matrix> bank, Metric metric, std::vector<int32_
     }
   }
   embedding_.learn(shelf != nullptr ? &shelf->residency() : nullptr);
-  choose_rotation(shelf);
+  learn(shelf);
   const Extent extent = measure_rows(embedding_, layout_.keys, control, shelf);
   stored_ = extent.stored;
   unit_ = extent.norm > 0 ? extent.norm : 1;
-  longest_ = 1 * round_up;
   const auto clear = [&](int64_t begin, int64_t end) {
     std::fill(bytes_.data() + begin * steps_ * lanes8 * 4, bytes_.data() + end * steps_ * lanes8 * 4, uint8_t{128});
     std::fill(scale_.data() + begin * lanes8, scale_.data() + end * lanes8, std::numeric_limits<float>::quiet_NaN());
@@ -59,24 +59,35 @@ Packed8::Packed8(std::span<const Matrix> bank, Metric metric, std::vector<int32_
   finish(file_.get(), each, shelf, control);
 }
 
-// Rotating costs time when packing and when querying, so only where it makes the largest coordinates clearly smaller.
-void Packed8::choose_rotation(Shelf* shelf) {
+// From a sample of the keys: whether to rotate, and what share of their length queries may be expected to lose.
+void Packed8::learn(Shelf* shelf) {
   Embedding turned = embedding_;
   turned.rotate();
-  std::vector<double> y(embedding_.dims());
-  double plain = 0, rotated = 0;
+  const int64_t dims = embedding_.dims();
+  std::vector<double> y(dims);
+  std::vector<int8_t> unused(dims);
+  struct Seen {
+    double largest = 0, lost = 0;
+  } plain, rotated;
+  double seen = 0;
+  const auto look = [&](const Embedding& embedding, int64_t row, Seen& sum) {
+    embedding.key(row, y.data());
+    const double norm = length(y.data(), dims), most = largest(y.data(), dims);
+    if (!(norm > 0) || !std::isfinite(most8_ / most)) return false;
+    sum.largest += most / norm;
+    sum.lost += quantise(y.data(), dims, most8_ / most, most8_, unused.data()) / norm;
+    return true;
+  };
   const int64_t step = std::max<int64_t>(1, layout_.keys / 256);
   for (int64_t row = 0; row < layout_.keys; row += step) {
-    embedding_.key(row, y.data());
+    seen += look(embedding_, row, plain) && look(turned, row, rotated) ? 1 : 0;
     passed(shelf, 1, Residency::folio);
-    const double norm = length(y.data(), embedding_.dims());
-    if (!(norm > 0)) continue;
-    plain += largest(y.data(), embedding_.dims()) / norm;
-    turned.key(row, y.data());
-    rotated += largest(y.data(), embedding_.dims()) / norm;
   }
-  constexpr double worth_it = 0.75;
-  if (rotated < worth_it * plain) embedding_.rotate();
+  // Rotating costs time when packing and when querying, so only where it makes the largest coordinates clearly smaller.
+  constexpr double worth_it = 0.75, least_share = 1e-4;
+  const bool rotates = rotated.largest < worth_it * plain.largest;
+  if (rotates) embedding_.rotate();
+  share_ = std::max(least_share, (rotates ? rotated : plain).lost / std::max(1.0, seen));
 }
 
 // The largest sum of squares over half of a run's bytes: the first two of each step, or the last two.
@@ -122,7 +133,7 @@ double Packed8::pack(int64_t row, double* y) {
   const auto scale = static_cast<float>(std::max(no_smaller, largest(y, dims) / 127));
   const double lost = quantise(y, dims, 1 / static_cast<double>(scale), 127, integers.data());
   scale_[position] = scale;
-  residual_[position] = up(lost + 1e-15);
+  residual_[position] = up(lost + (share_ + double_rounding) * length(y, dims) + no_smaller);
   uint8_t* out = bytes_.data() + position / lanes8 * steps_ * lanes8 * 4 + position % lanes8 * 4;
   for (int64_t step = 0; step < steps_; ++step)
     for (int64_t i = 0; i < 4; ++i) out[step * lanes8 * 4 + i] = static_cast<uint8_t>(integers[4 * step + i] + 128);
@@ -134,7 +145,6 @@ bool Packed8::update(int64_t first, int64_t count) {
   std::vector<double> y(embedding_.dims());
   for (int64_t row = first; row < first + count; ++row) {
     loudest_ = std::max(loudest_, pack(row, y.data()));
-    longest_ = std::max(longest_, length(y.data(), embedding_.dims()));  // pack left y / unit
     embedding_.raise_longest(row, stored_);
   }
   return true;
@@ -164,8 +174,8 @@ Packed8::Query Packed8::pack_query(std::span<const Matrix> queries, int64_t row,
     most = std::max(16.0, std::min(most - 1, std::floor(most * 32767 / size)));
   }
   start_query(bytes, start);
-  const double rest = lost * longest_ + float_rounding * longest_ + slack / (given * unit_);
-  return {up((1 + lost) * round_up / scale), up(rest * round_up / scale)};
+  const double beta = std::max(1 + lost, (lost + float_rounding) / share_) * beta_rounding;
+  return {up(beta * round_up / scale), up(slack / (given * unit_) * round_up / scale)};
 }
 
 }  // namespace cascade::cpu

@@ -15,7 +15,7 @@ namespace {
 
 constexpr char magic[8] = {'c', 'a', 's', 'c', 'a', 'd', 'e', 'P'};
 constexpr uint32_t byte_order = 0x01020304;
-constexpr uint32_t version = 1;  // of the head, of the arrays' layout and of what the parameters mean
+constexpr uint32_t version = 2;  // of the head, of the arrays' layout and of what the parameters mean
 constexpr int64_t page = 4096;
 constexpr int64_t piece = int64_t{1} << 20;  // bytes that one checksum is taken of; their sum is kept
 
