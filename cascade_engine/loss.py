@@ -77,21 +77,18 @@ def multi_positive_nce(
         known = _known(query, key, bank, positives, view, query_video_id)
         drop = _dropped(self_positive, query, generator)
         wide = torch.promote_types(query.dtype, torch.float32)
-        scored = query.to(wide)
-        own = (scored * key.to(wide)).sum(1) / temperature
-        may_stay = self_positive != "never"
-        differentiate = torch.is_grad_enabled() and (scored.requires_grad or own.requires_grad)
-        kind, mean_log = SIBLINGS.index(siblings), reduction == "mean_log"
-        each, _, _, counted = nce(scored, own, *known, kind, drop, temperature, may_stay, mean_log, differentiate)
-        _watch(each, bank)
-        mean: Tensor = each.sum() / counted.sum().clamp(min=1)
-        return mean.to(wide)
+        scored, own = query.to(wide), key.to(wide)
+        kind, may_stay, mean_log = SIBLINGS.index(siblings), self_positive != "never", reduction == "mean_log"
+        wanted = (torch.is_grad_enabled() and each.requires_grad for each in (scored, own))
+        loss: Tensor = nce(scored, own, *known, kind, drop, temperature, may_stay, mean_log, *wanted)[0]
+        _watch(loss, bank)
+        return loss
 
 
 def _dropped(self_positive: SelfPositive, query: Tensor, generator: torch.Generator | None) -> Tensor:
-    """(B,) bool: whose own key is to leave P, should P have another member."""
+    """(B,) bool: whose own key is to leave P, should P have another member; (0,) where nobody's is."""
     if self_positive in ("always", "never"):
-        return torch.zeros(len(query), dtype=torch.bool, device=query.device)
+        return torch.empty(0, dtype=torch.bool, device=query.device)
     if isinstance(self_positive, str) or not 0 <= self_positive <= 1:
         raise InvalidInput(f"self_positive: expected 'always', 'never' or a probability, got {self_positive!r}")
     return torch.rand(len(query), generator=generator, device=query.device) < self_positive
@@ -101,7 +98,7 @@ class _Known(NamedTuple):
     """The bank's side of the operator's arguments; see `nce`."""
 
     keys: Tensor
-    member: Tensor
+    mined: Tensor
     query_video: Tensor
     key_video: Tensor
 
@@ -115,7 +112,7 @@ def _known(
     view: str | None,
     query_video_id: object,
 ) -> _Known:
-    """Check the arguments; of the positives keep each once, and no siblings. Waits for no GPU."""
+    """Check the arguments. Waits for no GPU."""
     bank.ensure_fresh()
     keys = _keys(query, key, bank, view)
     index = _on(positives.index, query, "positives.index", torch.int64)
@@ -123,9 +120,6 @@ def _known(
         raise InvalidInput(f"positives.index: expected ({len(query)}, k) int64, got {tuple(index.shape)}")
     if index.device.type == "cpu" and index.numel() and int(index.max()) >= bank.size:
         raise InvalidInput(f"positives.index: expected slots under {bank.size}, got {int(index.max())}")
-    index = index.sort(1).values
-    member = index >= 0
-    member[:, 1:] &= index[:, 1:] != index[:, :-1]
     query_video = key_video = index.new_zeros(0)
     if query_video_id is not None:
         if bank.video_id is None:
@@ -134,9 +128,7 @@ def _known(
         if query_video.shape != (len(query),):
             raise InvalidInput(f"query_video_id: expected ({len(query)},) integers, got {tuple(query_video.shape)}")
         key_video = _on(bank.video_id, query, "bank.video_id", torch.int64)
-        if bank.size:
-            member &= key_video[index.clamp(min=0)] != query_video[:, None]
-    return _Known(keys, index.where(member, -1), query_video, key_video)
+    return _Known(keys, index, query_video, key_video)
 
 
 def _keys(query: Tensor, key: Tensor, bank: Bank, view: str | None) -> Tensor:
@@ -168,10 +160,10 @@ def _on(value: Any, query: Tensor, name: str, dtype: torch.dtype) -> Tensor:
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _watch(each: Tensor, bank: Bank) -> None:
-    """Let a backward pass begin only while the bank still holds the keys that the losses were computed from."""
-    if each.requires_grad:
-        each.register_hook(lambda _: bank.ensure_fresh())  # type: ignore[no-untyped-call]
+def _watch(loss: Tensor, bank: Bank) -> None:
+    """Let a backward pass begin only while the bank still holds the keys that the loss was computed from."""
+    if loss.requires_grad:
+        loss.register_hook(lambda _: bank.ensure_fresh())  # type: ignore[no-untyped-call]
 
 
 def mine_and_contrast(

@@ -1,4 +1,4 @@
-"""The loss as an operator: one pass over the keys in tiles gives the losses and their gradients.
+"""The loss as an operator: one pass over the keys in tiles gives the loss and its gradients.
 
 As in attention, a running softmax over the keys also sums the keys themselves, weighted: that sum is the query's
 gradient, so the backward pass only scales it. Memory is O(B D + members of P + tile), whatever K: no (B, K) array
@@ -8,12 +8,13 @@ Where P holds nearly all of the mass, loss and gradient are small differences of
 kept out of the running sums: with N everything else, the loss is log(1 + exp(LSE_N - LSE_P)), a score of N has the
 gradient softmax over all, and one of P minus its softmax within P times N's share of the mass. Nothing cancels.
 
-The operator is `torch.ops.cascade_engine.nce`, known to autograd and to `torch.compile`. On a GPU, float32 queries take
-one launch of a fused kernel where the CUDA backend is there.
+The operator is `torch.ops.cascade_engine.nce`, known to autograd and to `torch.compile`. Float32 queries take one call
+of C++ on a CPU, and on a GPU one launch of a fused kernel where the CUDA backend is there; others torch products.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,7 @@ from torch import Tensor
 from cascade_engine.kernels import cpu, cuda
 from cascade_engine.tensor import to_host
 
-SIBLINGS = ("negative", "ignore", "positive")  # the kernel numbers them so
+SIBLINGS = ("negative", "ignore", "positive")  # the kernels number them so
 TILE_VALUES = 1 << 19  # scores held at a time, 2 MiB; 2^18 to 2^20 were equally fast
 GATHERED_VALUES = 1 << 19  # values of the rows of P's keys gathered at a time
 
@@ -31,92 +32,196 @@ GATHERED_VALUES = 1 << 19  # values of the rows of P's keys gathered at a time
 @torch.library.custom_op("cascade_engine::nce", mutates_args=())
 def nce(
     query: Tensor,  # (B, D) float32 or float64
-    own: Tensor,  # (B,) score of each query's own key, divided by the temperature
+    own: Tensor,  # (B, D) each query's own key, of the same type
     keys: Tensor,  # (K, D), any float type
-    member: Tensor,  # (B, k) int64 slots of P's members but own keys and siblings: distinct, -1 for none
+    mined: Tensor,  # (B, k) int64 slots; -1 is none, duplicates count once, siblings are siblings first
     query_video: Tensor,  # (B,) int64 ids that make keys of the same id siblings, or (0,): there are none
     key_video: Tensor,  # (K,) int64, or (0,)
     siblings: int,  # what they are, as a place in SIBLINGS
-    drop: Tensor,  # (B,) bool: the own key leaves P where P has another member
+    drop: Tensor,  # (B,) bool: the own key leaves P where P has another member; or (0,): nowhere
+    temperature: float,
+    own_positive: bool,
+    mean_log: bool,
+    for_query: bool,
+    for_own: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean loss (), of the queries' type, over the queries whose P has a member, and its gradients by `query`, `own`.
+
+    0 where every P is empty. A gradient that is not asked for is empty.
+    """
+    arguments = (query, own, keys, mined, query_video, key_video, siblings, drop)
+    options = (temperature, own_positive, mean_log, for_query, for_own)
+    stored = query.dtype == torch.float32 and keys.dtype != torch.float64
+    if stored and query.device.type == "cpu" and cpu.unavailable() is None:
+        return _on_cpu(*arguments, *options)
+    if stored and query.device.type == "cuda" and cuda.unavailable() is None:
+        return mean_of(cuda.engine().contrast, *arguments, *options)
+    with torch.autocast(query.device.type, enabled=False):  # the products are of the query's own type
+        return mean_of(_by_query, *arguments, *options)
+
+
+@nce.register_fake
+def _(query: Tensor, own: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def gradient(by: Tensor, wanted: bool) -> Tensor:
+        return torch.empty_like(by, memory_format=torch.contiguous_format) if wanted else by.new_empty(0)
+
+    return query.new_empty(()), gradient(query, rest[-2]), gradient(own, rest[-1])
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*output[1:])
+    ctx.asked_for = inputs[-2:]
+
+
+def _differentiate(ctx: Any, grad: Tensor, *_unused: Tensor) -> tuple[Tensor | None, ...]:
+    needed = ctx.needs_input_grad[:2]
+    if any(need and not asked for need, asked in zip(needed, ctx.asked_for, strict=True)):
+        raise RuntimeError("nce: asked for gradients of a call without `for_query` or `for_own`")
+    return (*(grad * to if need else None for need, to in zip(needed, ctx.saved_tensors, strict=True)), *[None] * 11)
+
+
+nce.register_autograd(_differentiate, setup_context=_remember)
+
+
+def _on_cpu(
+    query: Tensor,
+    own: Tensor,
+    keys: Tensor,
+    mined: Tensor,
+    query_video: Tensor,
+    key_video: Tensor,
+    siblings: int,
+    drop: Tensor,
+    temperature: float,
+    own_positive: bool,
+    mean_log: bool,
+    for_query: bool,
+    for_own: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The operator in C++."""
+    known = len(query_video) > 0
+    loss, to_query, to_own = cpu.contrast(
+        query.detach().contiguous().numpy(),
+        own.detach().contiguous().numpy(),
+        to_host(keys, "keys"),
+        mined.contiguous().numpy(),
+        query_video.contiguous().numpy() if known else None,
+        key_video.contiguous().numpy() if known else None,
+        siblings,
+        drop.contiguous().numpy() if len(drop) else None,
+        temperature=temperature,
+        own_positive=own_positive,
+        mean_log=mean_log,
+        for_query=for_query,
+        for_own=for_own,
+    )
+    return (
+        query.new_full((), loss),
+        torch.from_numpy(to_query) if for_query else query.new_empty(0),
+        torch.from_numpy(to_own) if for_own else query.new_empty(0),
+    )
+
+
+def mean_of(
+    contrast: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]],
+    query: Tensor,
+    own: Tensor,
+    keys: Tensor,
+    mined: Tensor,
+    query_video: Tensor,
+    key_video: Tensor,
+    siblings: int,
+    drop: Tensor,
+    temperature: float,
+    own_positive: bool,
+    mean_log: bool,
+    for_query: bool,
+    for_own: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The operator by a `contrast` that gives losses (B,), gradients by query and by own score, and whose P counts.
+
+    Waits for no GPU.
+    """
+    each, to_query, to_score, counted = contrast(
+        query,
+        (query * own).sum(1) / temperature,
+        keys,
+        _distinct(mined, query_video, key_video),
+        query_video,
+        key_video,
+        siblings,
+        drop if len(drop) else drop.new_zeros(len(query)),
+        temperature=temperature,
+        own_positive=own_positive,
+        mean_log=mean_log,
+        differentiate=for_query or for_own,
+    )
+    count = counted.sum().clamp(min=1).double()
+    to_score = to_score[:, None] / (count * temperature)
+    return (
+        (each.sum() / count).to(query.dtype),
+        to_query.div_(count).addcmul_(to_score, own) if for_query else query.new_empty(0),
+        to_score * query if for_own else query.new_empty(0),
+    )
+
+
+def _distinct(mined: Tensor, query_video: Tensor, key_video: Tensor) -> Tensor:
+    """The slots (B, k), each once and no siblings, the others -1."""
+    index = mined.sort(1).values
+    member = index >= 0
+    member[:, 1:] &= index[:, 1:] != index[:, :-1]
+    if len(query_video) and len(key_video):
+        member &= key_video[index.clamp(min=0)] != query_video[:, None]
+    return index.where(member, -1)
+
+
+def _by_query(
+    query: Tensor,
+    own: Tensor,
+    keys: Tensor,
+    member: Tensor,
+    query_video: Tensor,
+    key_video: Tensor,
+    siblings: int,
+    drop: Tensor,
+    *,
     temperature: float,
     own_positive: bool,
     mean_log: bool,
     differentiate: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss of each query (B,) float64, its gradients by query (B, D) and own score (B,), and whether P has a member.
+    """Each query's loss (B,) float64, gradients by query (B, D) and own score (B,), whether P has a member.
 
     A query whose P is empty has loss 0. Without `differentiate` the gradients are empty.
     """
-    if query.device.type == "cuda" and query.dtype == torch.float32 and cuda.unavailable() is None:
-        found: tuple[Tensor, Tensor, Tensor, Tensor] = cuda.engine().contrast(
-            query,
-            own,
-            keys,
-            member,
-            query_video,
-            key_video,
-            siblings,
-            drop,
-            temperature=temperature,
-            own_positive=own_positive,
-            mean_log=mean_log,
-            differentiate=differentiate,
+    slot, row, absent_slot, absent_row = _pairs(member, query_video, key_video, siblings)
+    scan = _scan(query, own, keys, slot, row, absent_slot, absent_row, temperature, differentiate)
+    mine, score = own.double(), scan.score
+    count = torch.bincount(row, minlength=len(own))
+    kept = own_positive & ~(drop & (count > 0))
+    size = (count + kept).double()
+    lse_rest = torch.logaddexp(scan.top.double() + scan.sum.log(), torch.where(kept, -torch.inf, mine))
+    lse_in = _lse(row, score, torch.where(kept, mine, -torch.inf))
+    lse = torch.logaddexp(lse_rest, lse_in)
+    if mean_log:
+        each = lse - torch.where(kept, mine, 0).index_add_(0, row, score) / size
+        of_member, of_own = (
+            torch.exp(x - at) - 1 / n for x, at, n in ((score, lse[row], size[row]), (mine, lse, size))
         )
-        return found
-    with torch.autocast(query.device.type, enabled=False):  # the products are of the query's own type
-        slot, row, absent_slot, absent_row = _pairs(member, query_video, key_video, siblings)
-        scan = _scan(query, own, keys, slot, row, absent_slot, absent_row, temperature, differentiate)
-        mine, score = own.double(), scan.score
-        count = torch.bincount(row, minlength=len(own))
-        kept = own_positive & ~(drop & (count > 0))
-        size = (count + kept).double()
-        lse_rest = torch.logaddexp(scan.top.double() + scan.sum.log(), torch.where(kept, -torch.inf, mine))
-        lse_in = _lse(row, score, torch.where(kept, mine, -torch.inf))
-        lse = torch.logaddexp(lse_rest, lse_in)
-        if mean_log:
-            each = lse - torch.where(kept, mine, 0).index_add_(0, row, score) / size
-            of_member, of_own = (
-                torch.exp(x - at) - 1 / n for x, at, n in ((score, lse[row], size[row]), (mine, lse, size))
-            )
-        else:
-            each = torch.logaddexp(lse_rest - lse_in, torch.zeros_like(lse))
-            share = -torch.sigmoid(lse_rest - lse_in)
-            of_member, of_own = torch.exp(score - lse_in[row]) * share[row], torch.exp(mine - lse_in) * share
-        counted = size > 0
-        each = torch.where(counted, each, 0)
-        if scan.direction is None:
-            return each, query.new_empty(0), query.new_empty(0), counted
-        to_query = scan.direction.mul_(torch.exp(scan.top - lse).to(query.dtype)[:, None])
-        _add_rows(to_query, row, keys, slot, of_member)
-        to_query.div_(temperature)[~counted] = 0
-        to_own = torch.where(kept, of_own, torch.exp(mine - lse))
-        return each, to_query, torch.where(counted, to_own, 0).to(own.dtype), counted
-
-
-@nce.register_fake
-def _(query: Tensor, own: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    each, counted = torch.empty_like(own, dtype=torch.float64), torch.empty_like(own, dtype=torch.bool)
-    if not rest[-1]:
+    else:
+        each = torch.logaddexp(lse_rest - lse_in, torch.zeros_like(lse))
+        share = -torch.sigmoid(lse_rest - lse_in)
+        of_member, of_own = torch.exp(score - lse_in[row]) * share[row], torch.exp(mine - lse_in) * share
+    counted = size > 0
+    each = torch.where(counted, each, 0)
+    if scan.direction is None:
         return each, query.new_empty(0), query.new_empty(0), counted
-    return each, torch.empty_like(query), torch.empty_like(own), counted
-
-
-def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, to_query, to_own, counted = output
-    ctx.mark_non_differentiable(to_query, to_own, counted)
-    ctx.save_for_backward(to_query, to_own)
-    ctx.differentiated = inputs[-1]
-
-
-def _differentiate(ctx: Any, grad: Tensor, *_unused: Tensor) -> tuple[Tensor | None, ...]:
-    if not ctx.differentiated:
-        raise RuntimeError("nce: asked for gradients of a call without `differentiate`")
-    to_query, to_own = ctx.saved_tensors
-    grad = grad.to(to_own.dtype)
-    return (grad[:, None] * to_query, grad * to_own, *[None] * 10)
-
-
-nce.register_autograd(_differentiate, setup_context=_remember)
+    to_query = scan.direction.mul_(torch.exp(scan.top - lse).to(query.dtype)[:, None])
+    _add_rows(to_query, row, keys, slot, of_member)
+    to_query.div_(temperature)[~counted] = 0
+    to_own = torch.where(kept, of_own, torch.exp(mine - lse))
+    return each, to_query, torch.where(counted, to_own, 0).to(own.dtype), counted
 
 
 def _pairs(
@@ -178,17 +283,11 @@ def _scan(
     temperature: float,
     differentiate: bool,
 ) -> _Scan:
-    """The pass: in C++ for float32 on a CPU, in tiles of torch products whose scores share one buffer elsewhere."""
-    stored = query.dtype == torch.float32 and keys.dtype != torch.float64
-    if stored and query.device.type == "cpu" and cpu.unavailable() is None:
-        arrays = (each.detach().contiguous() for each in (query, own, slot, row, absent_slot, absent_row))
-        found = cpu.contrast(*arrays, keys=to_host(keys, "keys"), temperature=temperature, differentiate=differentiate)
-        top, total, direction, score = map(torch.from_numpy, found)
-        return _Scan(top, total, direction if differentiate else None, score)
+    """The pass over the keys, in tiles whose scores share one buffer."""
     scan = _Scan(
         top=own.clone(),
         sum=torch.zeros_like(own, dtype=torch.float64),
-        direction=torch.zeros_like(query) if differentiate else None,
+        direction=torch.zeros_like(query, memory_format=torch.contiguous_format) if differentiate else None,
         score=torch.empty_like(slot, dtype=torch.float64),
     )
     b, k = len(query), len(keys)

@@ -25,6 +25,7 @@ import cascade_engine as ce
 from cascade_engine import queue as queues
 from cascade_engine.kernels import Exclusion, MineRequest, Selection, SelectRequest
 from cascade_engine.kernels.cuda import Engine
+from cascade_engine.nce import mean_of
 from cascade_engine.tensor import like
 
 ROOT = Path(__file__).parents[1]
@@ -121,20 +122,16 @@ def loss_operator(native: ModuleType, **limits: int) -> Callable[..., tuple[torc
     class Operator(torch.autograd.Function):
         @staticmethod
         def forward(ctx, *arguments):
-            *tensors, temperature, own_positive, mean_log, differentiate = arguments
-            out = Engine(native, **limits).contrast(
-                *tensors, temperature=temperature, own_positive=own_positive, mean_log=mean_log,
-                differentiate=differentiate,
-            )  # fmt: skip
-            ctx.save_for_backward(*out[1:3])
+            out = mean_of(Engine(native, **limits).contrast, *arguments)
+            ctx.save_for_backward(*out[1:])
             ctx.mark_non_differentiable(*out[1:])
             return out
 
         @staticmethod
         def backward(ctx, grad, *_):
-            to_query, to_own = ctx.saved_tensors
-            grad = grad.float()
-            return (grad[:, None] * to_query, grad * to_own, *[None] * 10)
+            needed = zip(ctx.needs_input_grad[:2], ctx.saved_tensors, strict=True)
+            gradients = (grad * each if need else None for need, each in needed)
+            return (*gradients, *[None] * 11)
 
     return Operator.apply
 

@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <functional>
 #include <limits>
+#include <memory>
 #include <random>
 #include <string>
 #include <vector>
@@ -187,49 +188,81 @@ bool answers_right(const Problem& p, cpu::Bank& bank, const char* isa, int threa
   return true;
 }
 
-// The loss's pass against float64, and against itself with other threads.
+// The loss and its gradients against float64, and against themselves with other threads.
 bool contrasts_right(const cpu::Isa& isa, std::mt19937& rng) {
   const auto dim = static_cast<int64_t>(1 + rng() % 150), batch = static_cast<int64_t>(1 + rng() % 70);
-  const auto keys = static_cast<int64_t>(rng() % 3000);
-  const double temperature = 0.07;
+  const auto keys = static_cast<int64_t>(rng() % 3000), width = static_cast<int64_t>(rng() % 9);
+  const bool has_videos = rng() % 4 != 0, drops = rng() % 2 == 0;
   std::normal_distribution<float> normal(0, 1 / std::sqrt(static_cast<float>(dim)));
-  std::vector<float> query(batch * dim), own(batch), key(keys * dim);
+  std::vector<float> query(batch * dim), own(batch * dim), key(keys * dim);
   for (auto* values : {&query, &own, &key})
     for (float& each : *values) each = normal(rng);
-  std::vector<int64_t> slots[2], rows[2];  // members, absent
-  std::vector<double> out(keys * batch, 0);
-  for (int64_t k = 0; k < keys; ++k)
-    for (int64_t q = 0; q < batch; ++q)
-      if (const auto kind = rng() % 50; kind < 2) {
-        slots[kind].push_back(k);
-        rows[kind].push_back(q);
-        out[k * batch + q] = 1;
-      }
-  cpu::ContrastCall call{
-      query.data(),        own.data(),         batch, {key.data(), keys, dim, dim, DType::float32}, temperature,
-      {slots[0], rows[0]}, {slots[1], rows[1]}};
-  std::vector<float> top(batch), direction(batch * dim), again(batch * dim);
-  std::vector<double> sum(batch), score(slots[0].size());
-  cpu::contrast(isa.kernels(), call, {.threads = 1}, {top.data(), sum.data(), direction.data(), score.data()});
-  cpu::contrast(isa.kernels(), call, {.threads = 3}, {top.data(), sum.data(), again.data(), score.data()});
-  bool right = direction == again;
-  const auto exact = [&](int64_t q, int64_t k) {
-    return dot(query.data() + q * dim, key.data() + k * dim, dim) / temperature;
-  };
-  for (size_t i = 0; i < score.size(); ++i) right = right && std::abs(score[i] - exact(rows[0][i], slots[0][i])) < 1e-4;
+  std::vector<int64_t> mined(batch * width), query_video(batch), key_video(keys);
+  for (int64_t& each : mined) each = static_cast<int64_t>(rng() % (keys + 1)) - 1;
+  for (auto* ids : {&query_video, &key_video})
+    for (int64_t& each : *ids) each = static_cast<int64_t>(rng() % 100) - 50;
+  std::unique_ptr<bool[]> drop(new bool[batch]);
+  for (int64_t q = 0; q < batch; ++q) drop[q] = rng() % 2 == 0;
+  const cpu::ContrastCall call{.query = query.data(),
+                               .own = own.data(),
+                               .batch = batch,
+                               .keys = {key.data(), keys, dim, dim, DType::float32},
+                               .mined = mined.data(),
+                               .width = width,
+                               .query_video = has_videos ? query_video.data() : nullptr,
+                               .key_video = key_video.data(),
+                               .siblings = static_cast<cpu::Siblings>(rng() % 3),
+                               .drop = drops ? drop.get() : nullptr,
+                               .temperature = 0.07,
+                               .own_positive = rng() % 3 != 0,
+                               .mean_log = rng() % 2 == 0};
+  std::vector<float> to_query(batch * dim), to_own(batch * dim), again(batch * dim), own_again(batch * dim);
+  cpu::ContrastAnswer answer{0, to_query.data(), to_own.data()}, other{0, again.data(), own_again.data()};
+  cpu::contrast(isa.kernels(), call, {.threads = 1}, answer);
+  cpu::contrast(isa.kernels(), call, {.threads = 3}, other);
+  bool right = answer.loss == other.loss && to_query == again && to_own == own_again;
+
+  double total = 0, counted = 0;
+  std::vector<double> want(batch * dim, 0.0), want_own(batch * dim, 0.0);
   for (int64_t q = 0; q < batch; ++q) {
-    double total = 0;
-    std::vector<double> towards(dim, 0.0);
-    for (int64_t k = 0; k < keys; ++k) {
-      if (out[k * batch + q] != 0) continue;
-      const double weight = std::exp(exact(q, k) - static_cast<double>(top[q]));
-      total += weight;
-      for (int64_t d = 0; d < dim; ++d) towards[d] += weight * static_cast<double>(key[k * dim + d]);
+    enum Kind { negative, member, left_out };
+    std::vector<Kind> kind(keys + 1, negative);
+    for (int64_t i = 0; i < width; ++i)
+      if (mined[q * width + i] >= 0) kind[mined[q * width + i]] = member;
+    for (int64_t k = 0; k < keys; ++k)
+      if (has_videos && key_video[k] == query_video[q])
+        kind[k] = call.siblings == cpu::Siblings::positive  ? member
+                  : call.siblings == cpu::Siblings::ignored ? left_out
+                                                            : negative;
+    const bool has_others = std::count(kind.begin(), kind.end(), member) > 0;
+    if (call.own_positive && !(drops && drop[q] && has_others)) kind[keys] = member;
+    const auto size = static_cast<double>(std::count(kind.begin(), kind.end(), member));
+    if (size == 0) continue;
+    ++counted;
+    std::vector<double> score(keys + 1);
+    double all = 0, inside = 0, sum = 0;
+    const auto row = [&](int64_t k) { return k < keys ? key.data() + k * dim : own.data() + q * dim; };
+    for (int64_t k = 0; k <= keys; ++k) {
+      score[k] = dot(query.data() + q * dim, row(k), dim) / call.temperature;
+      if (kind[k] != left_out) all += std::exp(score[k]);
+      if (kind[k] == member) inside += std::exp(score[k]), sum += score[k];
     }
-    right = right && top[q] >= own[q] && std::abs(sum[q] - total) <= 1e-5 * total;
-    for (int64_t d = 0; d < dim; ++d)
-      right = right && std::abs(static_cast<double>(direction[q * dim + d]) - towards[d]) <= 1e-5 * total;
+    total += std::log(all) - (call.mean_log ? sum / size : std::log(inside));
+    for (int64_t k = 0; k <= keys; ++k) {
+      if (kind[k] == left_out) continue;
+      double weight = std::exp(score[k]) / all;
+      if (kind[k] == member) weight -= call.mean_log ? 1 / size : std::exp(score[k]) / inside;
+      weight /= call.temperature;
+      for (int64_t d = 0; d < dim; ++d) want[q * dim + d] += weight * static_cast<double>(row(k)[d]);
+      for (int64_t d = 0; d < dim && k == keys; ++d)
+        want_own[q * dim + d] = weight * static_cast<double>(query[q * dim + d]);
+    }
   }
+  counted = std::max(1.0, counted);
+  right = right && std::abs(answer.loss - total / counted) < 1e-5;
+  for (int64_t i = 0; i < batch * dim; ++i)
+    right = right && std::abs(static_cast<double>(to_query[i]) - want[i] / counted) < 1e-5 &&
+            std::abs(static_cast<double>(to_own[i]) - want_own[i] / counted) < 1e-5;
   if (!right)
     std::printf("%s: contrast of %ld queries, %ld keys, %ld dimensions is wrong\n", isa.name, static_cast<long>(batch),
                 static_cast<long>(keys), static_cast<long>(dim));

@@ -141,9 +141,10 @@ ISAS = [name for name, runs in _cpu.isas() if runs] if _cpu is not None else []
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(5, 700, 64, 3), (40, 2100, 100, 3), (33, 1, 1, 1), (3, 0, 6, 2)], ids=str)
+@pytest.mark.parametrize("shape", [(5, 700, 64, 3), (40, 2100, 100, 3), (33, 1, 1, 1), (3, 0, 6, 2), (0, 9, 6, 2)], ids=str)
+@pytest.mark.parametrize("siblings", ["ignore", "positive"])
 @pytest.mark.parametrize("isa", ISAS)
-def test_every_instruction_set_is_as_right_as_plain_torch_and_blind_to_threads(isa, shape, dtype, monkeypatch):
+def test_every_instruction_set_is_as_right_as_plain_torch_and_blind_to_threads(isa, siblings, shape, dtype, monkeypatch):
     monkeypatch.setenv("CASCADE_ISA", isa)
     query, key, keys, index, own, other = problem(*shape)
     query, key, keys = query.float(), key.float(), keys.to(dtype)
@@ -151,10 +152,10 @@ def test_every_instruction_set_is_as_right_as_plain_torch_and_blind_to_threads(i
     query, key = (each[:, ::2] if shape[2] > 1 else each for each in (query, key))
 
     def ours(q, x):
-        return ce.multi_positive_nce(q, x, bank, found(index), siblings="ignore", query_video_id=own)
+        return ce.multi_positive_nce(q, x, bank, found(index), siblings=siblings, query_video_id=own)
 
     def plain(q, x):
-        return dense(q, x, bank.keys["rgb"], index, own_video=(own, other), siblings="ignore")
+        return dense(q, x, bank.keys["rgb"], index, own_video=(own, other), siblings=siblings)
 
     once = gradients(ours, query, key)
     threads = torch.get_num_threads()
@@ -266,34 +267,47 @@ def test_numpy_banks_ids_and_positives_work(bank_of):
 
 def arguments(dtype=torch.float64, b=4, k=11, siblings=1):
     g = torch.Generator().manual_seed(5)
-    query, keys = (unit(g, b, 3) / 0.2).to(dtype).requires_grad_(), unit(g, k, 3).float()
-    own = torch.randn(b, generator=g, dtype=torch.float64).to(dtype).requires_grad_()
-    member = torch.tensor([[2, -1], [0, 9], [-1, -1], [2, -1]])
+    query, own = ((unit(g, b, 3) / 0.2).to(dtype).requires_grad_() for _ in range(2))
+    keys = unit(g, k, 3).float()
+    mined = torch.tensor([[2, -1, 2], [0, 9, 1], [-1, -1, -1], [2, -1, 3]])
     videos = torch.tensor([7, 5, 8, 8]), torch.tensor([1, 7, 2, 8, 3, 3, 3, 3, 7, 3, 5])
-    return query, own, keys, member, *videos, siblings, torch.tensor([True, False, True, True]), 0.4
+    return query, own, keys, mined, *videos, siblings, torch.tensor([True, False, True, True]), 0.4
 
 
 @pytest.mark.parametrize("siblings", range(3))
 @pytest.mark.parametrize("flags", list(itertools.product((True, False), repeat=2)), ids=str)
 def test_gradcheck(flags, siblings):
     given = arguments(siblings=siblings)
-    assert torch.autograd.gradcheck(lambda q, s: operator.nce(q, s, *given[2:], *flags, True)[0], given[:2], atol=1e-8)
+    assert torch.autograd.gradcheck(
+        lambda q, x: operator.nce(q, x, *given[2:], *flags, True, True)[0], given[:2], atol=1e-8
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_opcheck(dtype):
     given = arguments(dtype)
-    torch.library.opcheck(operator.nce, (*given, True, False, True))
+    torch.library.opcheck(operator.nce, (*given, True, False, True, True))
     with torch.no_grad():
-        torch.library.opcheck(operator.nce, (*given, True, True, False), test_utils="test_faketensor")
+        for wanted in ((False, False), (True, False), (False, True)):
+            torch.library.opcheck(operator.nce, (*given, True, True, *wanted), test_utils="test_faketensor")
 
 
-def test_gradients_that_were_not_asked_for_are_refused_not_guessed():
-    given = arguments()
-    each = operator.nce(*given, True, False, False)[0]
-    assert torch.equal(each, operator.nce(*given, True, False, True)[0])
-    with pytest.raises(RuntimeError, match="without `differentiate`"):
-        each.sum().backward()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("wanted", [(True, False), (False, True), (False, False)], ids=str)
+def test_gradients_that_were_not_asked_for_are_refused_not_guessed(dtype, wanted):
+    given = arguments(dtype)
+    loss = operator.nce(*given, True, False, *wanted)[0]
+    both = operator.nce(*given, True, False, True, True)[0]
+    assert torch.equal(loss, both)
+    for each, asked in zip(given[:2], wanted, strict=True):
+        if asked:  # the other needs none then
+            other = given[1 - wanted.index(True)].detach()
+            pair = (each, other) if wanted[0] else (other, each)
+            alone = operator.nce(*pair, *given[2:], True, False, *wanted)[0]
+            got, want = (torch.autograd.grad(of, each, retain_graph=True)[0] for of in (alone, both))
+            assert torch.equal(got, want)
+    with pytest.raises(RuntimeError, match="without `for_query` or `for_own`"):
+        loss.backward()
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.full)])
@@ -314,9 +328,9 @@ def test_compiles(backend):
 def test_the_operator_compiles_in_one_graph():
     given = arguments()
     compiled = torch.compile(
-        lambda q, s: operator.nce(q, s, *given[2:], True, False, True)[0].sum(), backend="aot_eager", fullgraph=True
+        lambda q, x: operator.nce(q, x, *given[2:], True, False, True, True)[0], backend="aot_eager", fullgraph=True
     )
-    plain = operator.nce(*given, True, False, True)[0].sum()
+    plain = operator.nce(*given, True, False, True, True)[0]
     assert compiled(*given[:2]) == plain
     got, want = torch.autograd.grad(compiled(*given[:2]), given[:2]), torch.autograd.grad(plain, given[:2])
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))

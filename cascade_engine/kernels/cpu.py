@@ -82,31 +82,36 @@ def select(request: SelectRequest) -> Selection:
 
 
 def contrast(
-    query: Any,  # (B, D) float32, and so is
-    own: Any,  # (B,)
-    slot: Any,  # (M,) int64, ascending, and so are the three after it
-    row: Any,  # (M,)
-    absent_slot: Any,  # (A,)
-    absent_row: Any,  # (A,)
+    query: Host,  # (B, D) float32
+    own: Host,  # (B, D) float32
+    keys: Host,  # (K, D) of a stored type
+    mined: Host,  # (B, k) int64
+    query_video: Host | None,  # (B,) int64
+    key_video: Host | None,  # (K,) int64
+    siblings: int,
+    drop: Host | None,  # (B,) bool
     *,
-    keys: Host,  # (K, D)
     temperature: float,
-    differentiate: bool,
-) -> tuple[Host, Host, Host, Host]:
-    """The loss's pass over the keys (`nce.py` says what it is): top (B,), sum (B,), direction (B, D), score (M,).
-
-    Without `differentiate` the direction is empty.
-    """
-    found: tuple[Host, Host, Host, Host] = _extension().contrast(
+    own_positive: bool,
+    mean_log: bool,
+    for_query: bool,
+    for_own: bool,
+) -> tuple[float, Host, Host]:
+    """The operator of `cascade_engine.nce`; a gradient that is not wanted has no rows."""
+    found: tuple[float, Host, Host] = _extension().contrast(
         query,
         own,
         _array(keys),
-        slot,
-        row,
-        absent_slot,
-        absent_row,
+        mined,
+        query_video,
+        key_video,
+        siblings,
+        drop,
         temperature,
-        differentiate,
+        own_positive,
+        mean_log,
+        for_query,
+        for_own,
         _chosen_isa(),
         threads(),
     )

@@ -1,9 +1,9 @@
-// The loss's pass over the keys: an online softmax of every query over all keys that also sums the keys by their
-// weights, as attention does; that sum is the query's gradient. `cascade_engine/nce.py` says what is made of it.
+// The loss and its gradients in one pass over the keys: an online softmax of every query over all keys that also sums
+// the keys by their weights, as attention does; that sum is the query's gradient. `cascade_engine/nce.py` says why the
+// members of P are kept apart.
 #pragma once
 
 #include <cstdint>
-#include <span>
 
 #include "core/views.hpp"
 #include "cpu/isa.hpp"
@@ -11,30 +11,31 @@
 
 namespace cascade::cpu {
 
-// Pairs of a key and a query, slots ascending.
-struct Pairs {
-  std::span<const int64_t> slot;
-  std::span<const int64_t> row;
-};
+enum class Siblings : int { negative, ignored, positive };  // as SIBLINGS in nce.py
 
 struct ContrastCall {
   const float* query;  // [B, D]
-  const float* own;    // [B], where the running softmax begins
+  const float* own;    // [B, D], each query's own key
   int64_t batch;
-  Matrix keys;  // [K, D], float32, float16 or bfloat16
-  double temperature;
-  Pairs members;  // their scores are answered, and not part of the sums
-  Pairs absent;   // not part of the sums
+  Matrix keys;                 // [K, D], float32, float16 or bfloat16
+  const int64_t* mined;        // [B, width] slots; -1 is none, duplicates count once, siblings are siblings first
+  int64_t width;               //
+  const int64_t* query_video;  // [B], ids that make keys of the same id siblings; null: there are none
+  const int64_t* key_video;    // [K]
+  Siblings siblings;           //
+  const bool* drop;            // [B], the own key leaves P where P has another member; null: of nobody
+  double temperature;          //
+  bool own_positive;           //
+  bool mean_log;               // LSE_all - mean_P, not LSE_all - LSE_P
 };
 
 struct ContrastAnswer {
-  float* top;        // [B], the largest score in the sums, or the own key's
-  double* sum;       // [B], of exp(score - top)
-  float* direction;  // [B, D], of exp(score - top) key; null where it is not wanted
-  double* score;     // [members]
+  double loss;      // the mean over the queries whose P is not empty, 0 where all are
+  float* to_query;  // [B, D], the gradients of the mean; null where they are not wanted
+  float* to_own;    // [B, D]
 };
 
 // The same bits for any number of threads.
-void contrast(const Kernels& kernels, const ContrastCall& call, const Control& control, const ContrastAnswer& answer);
+void contrast(const Kernels& kernels, const ContrastCall& call, const Control& control, ContrastAnswer& answer);
 
 }  // namespace cascade::cpu

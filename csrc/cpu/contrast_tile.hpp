@@ -57,12 +57,28 @@ inline Floats<V> exp_negative(Floats<V> x) {
   return x > least ? reinterpret_cast<Floats<V>>(scaled) : zero;
 }
 
+// Lines to be fetched into the cache, one at a time between the products: a burst of them fills the buffers that a core
+// has for lines on their way, and then it waits.
+class Ahead {
+ public:
+  Ahead(const float* from, int64_t count) : next_(from), end_(from + count) {}
+  void fetch() {
+    if (next_ >= end_) return;
+    __builtin_prefetch(next_);
+    next_ += 16;
+  }
+
+ private:
+  const float *next_, *end_;
+};
+
 // to[i][lane] += sum over j of value[j * along + i * across] * lanes[j][lane], for `rows` consecutive i and two vectors
 // of lanes: both of a tile's products are this, with keys and dimensions in each other's place.
 template <class V, int rows>
-inline void products(const float* value, int64_t along, int64_t across, const float* lanes, int64_t n,
+inline void products(const float* value, int64_t along, int64_t across, const float* lanes, int64_t n, Ahead& ahead,
                      Floats<V> (&sum)[rows][2]) {
-  for (int64_t j = 0; j < n; ++j) {
+  constexpr int64_t between = 4;
+  const auto add = [&](int64_t j) {
     const Floats<V> first = load<V>(lanes + j * lanes32), second = load<V>(lanes + j * lanes32 + width<V>);
 #pragma GCC unroll 8
     for (int i = 0; i < rows; ++i) {
@@ -70,15 +86,22 @@ inline void products(const float* value, int64_t along, int64_t across, const fl
       sum[i][0] = V::fma(each, first, sum[i][0]);
       sum[i][1] = V::fma(each, second, sum[i][1]);
     }
+  };
+  int64_t j = 0;
+  for (; j + between <= n; j += between) {
+    ahead.fetch();
+#pragma GCC unroll 4
+    for (int64_t i = 0; i < between; ++i) add(j + i);
   }
+  for (; j < n; ++j) add(j);
 }
 
 template <class V, int rows>
 inline void score_rows(const float* queries, const float* keys, int64_t stride, int64_t dim, const float (&inverse)[2],
-                       float* out) {
+                       Ahead& ahead, float* out) {
   for (int64_t lane = 0; lane < lanes32; lane += 2 * width<V>) {
     Floats<V> sum[rows][2] = {};
-    products<V, rows>(keys, 1, stride, queries + lane, dim, sum);
+    products<V, rows>(keys, 1, stride, queries + lane, dim, ahead, sum);
     for (int i = 0; i < rows; ++i)
       for (int half = 0; half < 2; ++half)
         store<V>(out + i * lanes32 + lane + half * width<V>,
@@ -87,32 +110,31 @@ inline void score_rows(const float* queries, const float* keys, int64_t stride, 
 }
 
 template <class V, int rows>
-inline void direction_rows(const float* weights, const float* keys, int64_t stride, int64_t n, float* direction) {
+inline void direction_rows(const float* weights, const float* keys, int64_t stride, int64_t n, Ahead& ahead,
+                           float* direction) {
   for (int64_t lane = 0; lane < lanes32; lane += 2 * width<V>) {
     Floats<V> sum[rows][2];
     for (int i = 0; i < rows; ++i)
       for (int half = 0; half < 2; ++half) sum[i][half] = load<V>(direction + i * lanes32 + lane + half * width<V>);
-    products<V, rows>(keys, stride, 1, weights + lane, n, sum);
+    products<V, rows>(keys, stride, 1, weights + lane, n, ahead, sum);
     for (int i = 0; i < rows; ++i)
       for (int half = 0; half < 2; ++half) store<V>(direction + i * lanes32 + lane + half * width<V>, sum[i][half]);
   }
 }
 
 template <class V>
-void scores32(const float* queries, const float* keys, int64_t stride, int64_t n, int64_t dim, bool ahead,
-              const float (&inverse)[2], float* out) {
+void scores32(const float* queries, const float* keys, int64_t stride, int64_t n, int64_t dim, const float* next,
+              int64_t ahead, const float (&inverse)[2], float* out) {
+  Ahead lines(next, ahead);
   int64_t i = 0;
-  for (; i + V::rows <= n; i += V::rows) {
-    for (int64_t row = i + n; ahead && row < i + n + V::rows; ++row)
-      for (int64_t d = 0; d < dim; d += 16) __builtin_prefetch(keys + row * stride + d);
-    score_rows<V, V::rows>(queries, keys + i * stride, stride, dim, inverse, out + i * lanes32);
-  }
-  for (; i < n; ++i) score_rows<V, 1>(queries, keys + i * stride, stride, dim, inverse, out + i * lanes32);
+  for (; i + V::rows <= n; i += V::rows)
+    score_rows<V, V::rows>(queries, keys + i * stride, stride, dim, inverse, lines, out + i * lanes32);
+  for (; i < n; ++i) score_rows<V, 1>(queries, keys + i * stride, stride, dim, inverse, lines, out + i * lanes32);
 }
 
 template <class V>
-void absorb32(float* score, const float* keys, int64_t stride, int64_t n, int64_t dim, float* top, double* sum,
-              float* direction) {
+void absorb32(float* score, const float* keys, int64_t stride, int64_t n, int64_t dim, const float* next, int64_t ahead,
+              float* top, double* sum, float* direction) {
   alignas(64) float shrink[lanes32];
   bool grown = false;
   for (int64_t lane = 0; lane < lanes32; lane += width<V>) {
@@ -138,10 +160,11 @@ void absorb32(float* score, const float* keys, int64_t stride, int64_t n, int64_
   if (grown)
     for (int64_t d = 0; d < dim; ++d)
       for (int lane = 0; lane < lanes32; ++lane) direction[d * lanes32 + lane] *= shrink[lane];
+  Ahead lines(next, ahead);
   int64_t d = 0;
   for (; d + V::rows <= dim; d += V::rows)
-    direction_rows<V, V::rows>(score, keys + d, stride, n, direction + d * lanes32);
-  for (; d < dim; ++d) direction_rows<V, 1>(score, keys + d, stride, n, direction + d * lanes32);
+    direction_rows<V, V::rows>(score, keys + d, stride, n, lines, direction + d * lanes32);
+  for (; d < dim; ++d) direction_rows<V, 1>(score, keys + d, stride, n, lines, direction + d * lanes32);
 }
 
 }  // namespace contrast

@@ -110,7 +110,8 @@ struct Kernels {
                    int64_t stride,             //
                    int64_t n,                  //
                    int64_t dim,                //
-                   bool ahead,                 // fetches the n keys after these into the cache
+                   const float* next,          // values wanted soon:
+                   int64_t ahead,              // so many are fetched into the cache by the way
                    const float (&inverse)[2],  // 1 / temperature in two parts
                    float* out);                // [n, 32]
 
@@ -120,6 +121,7 @@ struct Kernels {
                    int64_t stride,     //
                    int64_t n,          //
                    int64_t dim,        //
+                   const float* next, int64_t ahead,
                    float* top,         // [32], finite
                    double* sum,        // [32], of all weights
                    float* direction);  // [D, 32], of weight times key; null where it is not wanted

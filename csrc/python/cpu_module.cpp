@@ -195,47 +195,50 @@ py::tuple select(const Plan& plan, const std::vector<py::object>& similarities, 
   return output.result(trace);
 }
 
-// Arrays of pairs, kept alive in `held`.
-cpu::Pairs pairs(std::vector<Imported>& held, const py::object& slot, const py::object& row, int64_t keys,
-                 int64_t batch) {
-  const auto import = [&held](const py::object& array) {
-    const auto* data = held.emplace_back(array).compact<int64_t>(0, 1);
-    return std::span<const int64_t>(data, static_cast<size_t>(held.back().tensor().shape[0]));
-  };
-  const cpu::Pairs found{import(slot), import(row)};
-  const auto outside = [](int64_t end) { return [end](int64_t each) { return each < 0 || each >= end; }; };
-  if (found.slot.size() != found.row.size() || !std::is_sorted(found.slot.begin(), found.slot.end()) ||
-      std::any_of(found.slot.begin(), found.slot.end(), outside(keys)) ||
-      std::any_of(found.row.begin(), found.row.end(), outside(batch)))
-    throw py::value_error("expected pairs of slots in ascending order and rows");
-  return found;
-}
-
 py::tuple contrast(const py::object& query, const py::object& own, const std::pair<py::object, bool>& keys,
-                   const py::object& slot, const py::object& row, const py::object& absent_slot,
-                   const py::object& absent_row, double temperature, bool differentiate, const std::string& isa,
-                   int threads) {
+                   const py::object& mined, const py::object& query_video, const py::object& key_video, int siblings,
+                   const py::object& drop, double temperature, bool own_positive, bool mean_log, bool for_query,
+                   bool for_own, const std::string& isa, int threads) {
   std::vector<Imported> held;
   held.reserve(7);
   cpu::ContrastCall call{};
+  const auto length = [&held](int dimension) { return held.back().tensor().shape[dimension]; };
   call.query = held.emplace_back(query).compact<float>(2, 2);
-  call.batch = held.back().tensor().shape[0];
-  const int64_t dim = held.back().tensor().shape[1];
-  call.own = held.emplace_back(own).compact<float>(2, 1);
-  const int64_t owned = held.back().tensor().shape[0];
+  call.batch = length(0);
+  const int64_t dim = length(1);
+  call.own = held.emplace_back(own).compact<float>(2, 2);
+  const bool fits = length(0) == call.batch && length(1) == dim;
   call.keys = held.emplace_back(keys.first).matrix(keys.second);
+  if (!fits || call.keys.columns != dim || call.keys.dtype == DType::float64)
+    throw py::value_error("expected queries and keys of one width, and an own key for each query");
+  call.mined = held.emplace_back(mined).compact<int64_t>(0, 2);
+  call.width = length(1);
+  const int64_t slots = length(0) * call.width;
+  if (length(0) != call.batch ||
+      std::any_of(call.mined, call.mined + slots, [&](int64_t slot) { return slot >= call.keys.rows; }))
+    throw py::value_error("expected a row of slots for each query");
+  if (!query_video.is_none()) {
+    call.query_video = held.emplace_back(query_video).compact<int64_t>(0, 1);
+    const bool for_each = length(0) == call.batch;
+    call.key_video = held.emplace_back(key_video).compact<int64_t>(0, 1);
+    if (!for_each || length(0) != call.keys.rows) throw py::value_error("expected one video id per query, and per key");
+  }
+  if (siblings < 0 || siblings > static_cast<int>(cpu::Siblings::positive))
+    throw py::value_error("expected a known way with siblings");
+  call.siblings = static_cast<cpu::Siblings>(siblings);
+  if (!drop.is_none()) {
+    call.drop = held.emplace_back(drop).compact<bool>(6, 1);
+    if (length(0) != call.batch) throw py::value_error("expected one flag per query");
+  }
   call.temperature = temperature;
-  if (owned != call.batch || call.keys.columns != dim || call.keys.dtype == DType::float64)
-    throw py::value_error("expected queries and keys of one width, and an own score for each query");
-  call.members = pairs(held, slot, row, call.keys.rows, call.batch);
-  call.absent = pairs(held, absent_slot, absent_row, call.keys.rows, call.batch);
-  py::array_t<float> top(call.batch), direction({differentiate ? call.batch : 0, dim});
-  py::array_t<double> sum(call.batch), score(static_cast<py::ssize_t>(call.members.slot.size()));
-  const cpu::ContrastAnswer answer{top.mutable_data(), sum.mutable_data(),
-                                   differentiate ? direction.mutable_data() : nullptr, score.mutable_data()};
+  call.own_positive = own_positive;
+  call.mean_log = mean_log;
+  py::array_t<float> to_query({for_query ? call.batch : 0, dim}), to_own({for_own ? call.batch : 0, dim});
+  cpu::ContrastAnswer answer{0, for_query ? to_query.mutable_data() : nullptr,
+                             for_own ? to_own.mutable_data() : nullptr};
   const cpu::Kernels& kernels = cpu::choose(isa);
   run(threads, [&](const cpu::Control& control) { cpu::contrast(kernels, call, control, answer); });
-  return py::make_tuple(top, sum, direction, score);
+  return py::make_tuple(answer.loss, to_query, to_own);
 }
 
 py::list list_isas() {
@@ -270,9 +273,10 @@ PYBIND11_MODULE(_cpu, module) {
              py::arg("mask"), py::arg("trace"), py::arg("threads"));
   module.def("select", &python::select, py::arg("plan"), py::arg("similarities"), py::arg("mask"), py::arg("trace"),
              py::arg("threads"));
-  module.def("contrast", &python::contrast, py::arg("query"), py::arg("own"), py::arg("keys"), py::arg("slot"),
-             py::arg("row"), py::arg("absent_slot"), py::arg("absent_row"), py::arg("temperature"),
-             py::arg("differentiate"), py::arg("isa"), py::arg("threads"));
+  module.def("contrast", &python::contrast, py::arg("query"), py::arg("own"), py::arg("keys"), py::arg("mined"),
+             py::arg("query_video"), py::arg("key_video"), py::arg("siblings"), py::arg("drop"), py::arg("temperature"),
+             py::arg("own_positive"), py::arg("mean_log"), py::arg("for_query"), py::arg("for_own"), py::arg("isa"),
+             py::arg("threads"));
   module.def("note_spans", [](bool on) { cpu::noting_spans.store(on); }, py::arg("on"));
   module.def("take_spans", &python::take_spans, "(phase, thread, begin, end) noted, in nanoseconds of monotonic time.");
   module.def("isas", &python::list_isas, "Instruction sets built in, best first, and whether this machine has each.");
