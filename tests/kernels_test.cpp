@@ -13,8 +13,10 @@
 #include <vector>
 
 #include "bounds_test.hpp"
+#include "covariance_test.hpp"
 #include "cpu/backend.hpp"
 #include "cpu/contrast.hpp"
+#include "cpu/exact.hpp"
 #include "cpu/threshold.hpp"
 #include "packed_test.hpp"
 #include "pool_test.hpp"
@@ -31,6 +33,7 @@ struct Problem {
   Metric metric;
   std::vector<std::vector<int32_t>> stage_views;
   std::vector<Stage> stages;
+  std::vector<std::vector<double>> weight;  // in `zsum`, per view and query
 };
 
 double dot(const float* a, const float* b, int64_t n) {
@@ -51,15 +54,30 @@ double similarity(const Problem& p, size_t view, int64_t q, int64_t k) {
 double fused(const Problem& p, const Stage& stage, int64_t q, int64_t k) {
   double total = 0;
   for (size_t i = 0; i < stage.views.size(); ++i) {
-    const double s = similarity(p, static_cast<size_t>(stage.views[i]), q, k);
+    double s = similarity(p, static_cast<size_t>(stage.views[i]), q, k);
+    if (stage.fusion == Fusion::zsum) s *= p.weight[stage.views[i]][q];
     if (i == 0)
       total = s;
-    else if (stage.fusion == Fusion::sum)
+    else if (stage.fusion == Fusion::sum || stage.fusion == Fusion::zsum)
       total += s;
     else
       total = stage.fusion == Fusion::min ? std::min(total, s) : std::max(total, s);
   }
   return total;
+}
+
+// To be called whenever keys have changed.
+void weigh(Problem& p) {
+  p.weight.assign(p.dims.size(), std::vector<double>(p.batch));
+  std::vector<double> score(p.keys);
+  for (size_t view = 0; view < p.dims.size(); ++view)
+    for (int64_t q = 0; q < p.batch; ++q) {
+      double sum = 0, squares = 0;
+      for (int64_t k = 0; k < p.keys; ++k) sum += score[k] = similarity(p, view, q, k);
+      for (const double each : score) squares += (each - sum / p.keys) * (each - sum / p.keys);
+      const bool equal = std::all_of(score.begin(), score.end(), [&](double each) { return each == score[0]; });
+      p.weight[view][q] = equal ? 0 : cpu::zsum_weight(std::sqrt(squares / p.keys));
+    }
 }
 
 std::vector<int64_t> expected(const Problem& p, int64_t q) {
@@ -147,14 +165,19 @@ Problem make(std::mt19937& rng, int family) {
   int64_t keep = p.keys;
   for (int s = 0; s < stages; ++s) {
     const bool streamed = s == 0 && family >= first_for_8_bits;
-    const int kind = static_cast<int>(rng() % (family == 7 ? 3 : streamed ? 4 : 6));
+    const int kind = static_cast<int>(rng() % (family == 7 ? 3 : streamed ? 5 : 7));
     p.stage_views.push_back(kind < 3 ? std::vector<int32_t>{static_cast<int32_t>(rng() % 2)}
                                      : std::vector<int32_t>{1, 0});
     keep = std::max<int64_t>(1, streamed || rng() % 3 == 0 ? keep / 40 : keep / 2);
-    const Fusion fusion = kind < 3 ? Fusion::none : kind == 3 ? Fusion::sum : kind == 4 ? Fusion::min : Fusion::max;
+    const Fusion fusion = kind < 3    ? Fusion::none
+                          : kind == 3 ? Fusion::sum
+                          : kind == 4 ? Fusion::zsum
+                          : kind == 5 ? Fusion::min
+                                      : Fusion::max;
     p.stages.push_back({{}, fusion, keep, !streamed && rng() % 6 == 0});
   }
   for (size_t s = 0; s < p.stages.size(); ++s) p.stages[s].views = p.stage_views[s];
+  weigh(p);
   return p;
 }
 
@@ -333,6 +356,7 @@ int main(int count, char** words) {
             p.key[view][i] = value(family == 0 ? 4 : family, rng, i / p.dims[view], i % p.dims[view]);
         for (int64_t slot = first; slot < first + written; ++slot) p.key_video[slot] = static_cast<int64_t>(rng() % 40);
         bank.update(first, written);
+        weigh(p);
         failures += !answers_right(p, bank, isa.name, 2, "after an update");
       }
     std::mt19937 rng(7);
@@ -343,6 +367,7 @@ int main(int count, char** words) {
       failures += !bounds_test::float_products_right(isa, rng);
       failures += !bounds_test::brackets_right(isa, rng);
       failures += !packed_test::bounds8_hold(isa, rng);
+      failures += !covariance_test::deviations_hold(isa, rng);
     }
     std::printf("%s: %d problems\n", isa.name, problems);
   }

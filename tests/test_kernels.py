@@ -170,10 +170,11 @@ def test_every_preset_equals_the_reference(preset, family):
             np.testing.assert_array_equal(found.similarity, want.similarity)
 
 
+@pytest.mark.parametrize("text", ["a:200,b:7", "zsum(a,b):150,a:7"])
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_a_few_of_a_bank_large_enough_for_8_bits_everywhere(family):
+def test_a_few_of_a_bank_large_enough_for_8_bits_everywhere(family, text):
     rng = np.random.default_rng(6)
-    plan = ce.CascadePlan.parse("a:200,b:7")
+    plan = ce.CascadePlan.parse(text)
     both = {view: FAMILIES[family](rng, 9020, dim) for view, dim in (("a", 40), ("b", 12))}
     keys, queries = {v: x[:9000] for v, x in both.items()}, {v: x[9000:] for v, x in both.items()}
     bank, exclude = ce.Bank(keys, rng.integers(0, 90, 9000)), rng.integers(0, 90, 20)
@@ -228,8 +229,8 @@ def test_named_backends():
 
 
 @pytest.mark.parametrize("name", ISAS)
-@pytest.mark.parametrize("text", ["a:5", "a:50%,b:25%,a:5", "sum(a,b):50%,b:3"])
-@pytest.mark.parametrize("metric", ["ip", "l2"])
+@pytest.mark.parametrize("text", ["a:5", "a:50%,b:25%,a:5", "sum(a,b):50%,b:3", "zsum(a,b):50%,b:3", "zsum(b,a):5"])
+@pytest.mark.parametrize("metric", ["ip", "l2", "cosine"])
 def test_what_is_prepared_follows_a_queue_in_place(name, text, metric):
     """Pushes of every size, wrap-around included, longer keys than before, a push larger than the queue."""
     rng, plan = np.random.default_rng(13), ce.CascadePlan.parse(text)

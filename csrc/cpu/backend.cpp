@@ -72,7 +72,8 @@ Bank::Bank(std::vector<Matrix> views, const int64_t* key_video, Metric metric, c
       kernels_(&kernels),
       shelf_(std::move(shelf)),
       squared_norms_(views_.size()),
-      longest_(views_.size(), -1.0) {
+      longest_(views_.size(), -1.0),
+      spreads_(views_.size()) {
   if (shelf_ != nullptr)
     for (const Matrix& view : views_) shelf_->residency().watch(const_cast<void*>(view.data), bytes_of(view));
   if (metric_ == Metric::inner_product) return;
@@ -139,6 +140,20 @@ double Bank::longest(int32_t view) {
   return longest_[view];
 }
 
+const Covariance* Bank::covariance(int32_t view, int64_t batch, const Control& control) {
+  const std::lock_guard lock(making_);
+  if (views_[view].columns >= Covariance::most_dims) return nullptr;
+  Spread& spread = spreads_[view];
+  if (!spread.covariance) spread.covariance = std::make_unique<Covariance>(views_, metric_, view, *kernels_);
+  spread.asked += batch;
+  if (const int64_t cost = spread.covariance->cost(); cost > 0) {
+    if (spread.asked < cost) return nullptr;
+    spread.covariance->refresh(control, shelf_ != nullptr ? &shelf_->residency() : nullptr);
+    spread.asked = 0;
+  }
+  return spread.covariance.get();
+}
+
 bool Bank::worth_packing(int64_t batch) {
   if (shelf_ != nullptr) return true;  // what one process packs serves all that come later
   const std::lock_guard lock(making_);
@@ -158,6 +173,8 @@ void Bank::update(int64_t first, int64_t count) {
   }
   for (size_t view = 0; view < views_.size(); ++view)
     if (longest_[view] >= 0) longest_[view] = std::max(longest_[view], longest_row(views_[view], first, count));
+  for (Spread& spread : spreads_)
+    if (spread.covariance) spread.covariance->update(first, count);
   overwritten_ += count;
   if (overwritten_ > turns_before_learning * size()) {
     overwritten_ = 0;
@@ -172,7 +189,7 @@ void Bank::update(int64_t first, int64_t count) {
 }
 
 void exact_queries(const MineCall& call, std::span<const int64_t> rows) {
-  ExactCascade cascade(call.stages, static_cast<int64_t>(call.queries.size()), call.bank->size());
+  ExactCascade cascade(call.stages, static_cast<int64_t>(call.queries.size()), call.bank->size(), call.weights);
   for (const int64_t row : rows) {
     if (should_stop()) return;
     const Span span(Phase::repair);
@@ -186,14 +203,16 @@ void exact_queries(const MineCall& call, std::span<const int64_t> rows) {
 
 void mine(Bank& bank, std::span<const Stage> stages, std::span<const Matrix> queries, int64_t batch,
           const Exclusion& exclude, const Control& control, const Answer& answer) {
-  const MineCall call{&bank, stages, queries, &exclude, &answer};
+  const bool bounded = bank.size() >= small_bank && answer.kept.empty();
+  const auto weights = bounded ? Weights::find(bank, stages, queries, batch, control) : nullptr;
+  const MineCall call{&bank, stages, queries, &exclude, &answer, weights.get()};
   const Stage& first = stages.front();
-  const bool fast =
-      bank.size() >= small_bank && answer.kept.empty() && is_boundable(first) && bank.worth_packing(batch);
-  const bool ranks_bank =
-      std::any_of(stages.begin(), stages.end(), [](const Stage& each) { return each.over_bank && is_boundable(each); });
+  const bool fast = bounded && call.is_boundable(first) && bank.worth_packing(batch);
+  const bool ranks_bank = std::any_of(stages.begin(), stages.end(),
+                                      [&](const Stage& each) { return each.over_bank && call.is_boundable(each); });
   if (fast && exclude.query_video != nullptr) bank.videos();
-  if (fast && bank.kernels().tile8 != nullptr && is_packable(first) && !ranks_bank && is_worth_8_bits(bank, first)) {
+  if (fast && bank.kernels().tile8 != nullptr && call.is_packable(first) && !ranks_bank &&
+      is_worth_8_bits(bank, first)) {
     const Packed8& packed = bank.packed8(first.views, control);
     // Survivors of many queries share a pass over their rows: smaller runs took up to 1.5 times as long.
     return share_queries(batch, batch, control, [&](int64_t begin, int64_t end) {
@@ -203,9 +222,9 @@ void mine(Bank& bank, std::span<const Stage> stages, std::span<const Matrix> que
   if (fast) {
     std::vector<StagePacks> packed;
     for (const Stage& stage : stages) {
-      if (!is_boundable(stage) || packed.size() == max_rows16) break;
+      if (!call.is_boundable(stage) || packed.size() == max_rows16) break;
       StagePacks& packs = packed.emplace_back();
-      if (is_packable(stage)) {
+      if (call.is_packable(stage)) {
         packs.push_back(&bank.packed16(stage.views, control));
       } else {
         for (const int32_t view : stage.views) packs.push_back(&bank.packed16({&view, 1}, control));

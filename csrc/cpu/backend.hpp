@@ -10,6 +10,7 @@
 
 #include "core/plan.hpp"
 #include "core/views.hpp"
+#include "cpu/covariance.hpp"
 #include "cpu/isa.hpp"
 #include "cpu/packed.hpp"
 #include "cpu/pool.hpp"
@@ -49,6 +50,9 @@ class Bank {
   const Packed8& packed8(std::span<const int32_t> views, const Control& control);
   const VideoIndex& videos();
 
+  // For a call of `batch` queries; null until so many have asked that finding it costs less than scoring theirs.
+  const Covariance* covariance(int32_t view, int64_t batch, const Control& control);
+
   // No stored row of the view is longer; infinity where finding out would cost a pass over a mapped file.
   double longest(int32_t view);
 
@@ -75,6 +79,11 @@ class Bank {
   std::vector<double> longest_;  // per view; negative where not yet known
   std::map<std::vector<int32_t>, std::unique_ptr<Packed16>> packed16_;
   std::map<std::vector<int32_t>, std::unique_ptr<Packed8>> packed8_;
+  struct Spread {
+    std::unique_ptr<Covariance> covariance;
+    int64_t asked = 0;  // queries since it was found
+  };
+  std::vector<Spread> spreads_;  // per view
   std::unique_ptr<VideoIndex> videos_;
   int64_t asked_ = 0;
   int64_t overwritten_ = 0;  // keys since the packed views learned their means and scales

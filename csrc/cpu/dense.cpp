@@ -55,7 +55,7 @@ class Dense {
         rows_(call, packed),
         layout_(rows_.layout()),
         stages_(call.stages.begin(), call.stages.end()),
-        exact_(stages_, static_cast<int64_t>(call.bank->views().size()), call.bank->size()),
+        exact_(stages_, static_cast<int64_t>(call.bank->views().size()), call.bank->size(), call.weights),
         bank_ranking_(rows_.stages()),
         column_(rows_.columns()) {
     scratch_.open_score.resize(std::max(scratch_.open_score.size(), rows_.columns()));

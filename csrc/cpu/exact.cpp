@@ -108,8 +108,8 @@ void ExactView::scores(const int64_t* keys, int64_t first, int64_t count, double
   }
 }
 
-ExactCascade::ExactCascade(std::span<const Stage> stages, int64_t views, int64_t keys)
-    : stages_(stages), keys_(keys), views_(views), all_(views), have_all_(views) {}
+ExactCascade::ExactCascade(std::span<const Stage> stages, int64_t views, int64_t keys, const Weights* weights)
+    : stages_(stages), keys_(keys), weights_(weights), views_(views), all_(views), have_all_(views) {}
 
 void ExactCascade::start(const Exclusion& exclude, int64_t row) {
   exclude_ = &exclude;
@@ -168,6 +168,11 @@ double ExactCascade::deviation(int32_t view) {
   return std::sqrt(total / static_cast<double>(keys_));
 }
 
+double ExactCascade::weight(int32_t view) {
+  const double known = weights_ != nullptr ? weights_->of(view, row_) : std::numeric_limits<double>::quiet_NaN();
+  return std::isnan(known) ? zsum_weight(deviation(view)) : known;
+}
+
 void ExactCascade::scores(const Stage& stage, std::span<const int64_t> keys, double* out) {
   if (stage.fusion == Fusion::none) return column(stage.views[0], keys, out);
   column_.resize(keys.size());
@@ -175,8 +180,8 @@ void ExactCascade::scores(const Stage& stage, std::span<const int64_t> keys, dou
     const int32_t view = stage.views[number];
     column(view, keys, column_.data());
     if (stage.fusion == Fusion::zsum) {
-      const double weight = zsum_weight(deviation(view));
-      for (double& value : column_) value *= weight;
+      const double factor = weight(view);
+      for (double& value : column_) value *= factor;
     }
     if (stage.fusion == Fusion::rrf) {
       ranking_.resize(keys.size());

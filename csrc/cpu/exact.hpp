@@ -7,6 +7,7 @@
 
 #include "core/order.hpp"
 #include "cpu/backend.hpp"
+#include "cpu/weights.hpp"
 
 namespace cascade::cpu {
 
@@ -34,7 +35,8 @@ class ExactView {
 // One query's way through the stages. Reused from query to query so that its memory is.
 class ExactCascade {
  public:
-  ExactCascade(std::span<const Stage> stages, int64_t views, int64_t keys);
+  // `weights` are the call's, or null: what is known of them need not be found here.
+  ExactCascade(std::span<const Stage> stages, int64_t views, int64_t keys, const Weights* weights = nullptr);
 
   // To be called for each view that a stage uses, then `start`.
   ExactView& view(int64_t number) { return views_[number]; }
@@ -59,9 +61,11 @@ class ExactCascade {
   void column(int32_t view, std::span<const int64_t> keys, double* out);
   void score_all(int32_t view);
   double deviation(int32_t view);
+  double weight(int32_t view);
 
   std::span<const Stage> stages_;
   int64_t keys_;
+  const Weights* weights_;
   const Exclusion* exclude_ = nullptr;
   int64_t row_ = 0;
   std::vector<ExactView> views_;

@@ -8,6 +8,7 @@
 
 #include "cpu/backend.hpp"
 #include "cpu/exact.hpp"
+#include "cpu/weights.hpp"
 
 namespace cascade::cpu {
 
@@ -17,18 +18,28 @@ struct MineCall {
   std::span<const Matrix> queries;  // per view of the bank
   const Exclusion* exclude;
   const Answer* answer;
-};
+  const Weights* weights;  // or null: then `zsum` takes the exact path
 
-// Whether a stage's score is one inner product of packed views.
-inline bool is_packable(const Stage& stage) { return stage.fusion == Fusion::none || stage.fusion == Fusion::sum; }
+  // Whether a stage's score is one inner product of packed views.
+  bool is_packable(const Stage& stage) const {
+    return stage.fusion == Fusion::none || stage.fusion == Fusion::sum ||
+           (stage.fusion == Fusion::zsum && weights != nullptr);
+  }
+
+  // Whether 16-bit scores bound a stage's.
+  bool is_boundable(const Stage& stage) const {
+    return is_packable(stage) || stage.fusion == Fusion::min || stage.fusion == Fusion::max;
+  }
+
+  // The weights that a stage's packed views have for a query, none for ones. False where they are not known.
+  bool weigh(const Stage& stage, int64_t row, std::vector<double>& out) const {
+    out.clear();
+    return weights == nullptr || weights->of(stage, row, out);
+  }
+};
 
 // The packed views that a stage's 16-bit scores come from: one, or one for each view of a `min` or `max`.
 using StagePacks = std::vector<const Packed16*>;
-
-// Whether 16-bit scores bound a stage's.
-inline bool is_boundable(const Stage& stage) {
-  return is_packable(stage) || stage.fusion == Fusion::min || stage.fusion == Fusion::max;
-}
 
 // 8-bit scores of all keys against a running threshold: for a first stage that keeps few of many.
 // [begin, end) are the queries; rows that the bound cannot help are returned, unanswered.

@@ -16,8 +16,6 @@ constexpr int64_t rows_in_cache = 256 << 10;  // bytes of stored keys that a run
 
 int64_t row_bytes(const Matrix& keys) { return keys.stride * (keys.dtype == DType::float32 ? 4 : 2); }
 
-bool is_plain(const Stage& stage) { return is_packable(stage) && !stage.over_bank; }
-
 float below(float value) { return std::nextafter(value, -std::numeric_limits<float>::infinity()); }
 float above(float value) { return std::nextafter(value, std::numeric_limits<float>::infinity()); }
 
@@ -36,7 +34,7 @@ float float_error(int64_t dims, double query, double key) {
 Rescorer::Rescorer(const MineCall& call, const Layout& layout)
     : call_(call),
       layout_(layout),
-      exact_(call.stages, static_cast<int64_t>(call.bank->views().size()), call.bank->size()),
+      exact_(call.stages, static_cast<int64_t>(call.bank->views().size()), call.bank->size(), call.weights),
       queries_(queries_at_once),
       cursor_(queries_at_once) {}
 
@@ -90,6 +88,7 @@ void Rescorer::bind(const Stage& stage) {
     query.views.resize(stage.views.size());
     for (size_t number = 0; number < stage.views.size(); ++number)
       query.views[number].bind(*call_.bank, stage.views[number], call_.queries[stage.views[number]], query.row);
+    call_.weigh(stage, query.row, query.weights);
     query.error = never;
     if (!one_product || query.size() <= stage.keep) continue;
     const auto stored = query.views[0].query();
@@ -136,11 +135,13 @@ void Rescorer::score_exactly(const Stage& stage, const Wanted& wanted) {
   each_run(stage, wanted, [&](Query& query, size_t first, size_t count) {
     const int64_t* slot = query.slot.data() + first;
     double* out = query.score.data() + first;
-    query.views[0].scores(slot, 0, static_cast<int64_t>(count), out);
     column_.resize(count);
-    for (size_t number = 1; number < query.views.size(); ++number) {
-      query.views[number].scores(slot, 0, static_cast<int64_t>(count), column_.data());
-      for (size_t i = 0; i < count; ++i) out[i] += column_[i];
+    for (size_t number = 0; number < query.views.size(); ++number) {
+      double* const column = number == 0 ? out : column_.data();
+      query.views[number].scores(slot, 0, static_cast<int64_t>(count), column);
+      if (!query.weights.empty())
+        for (size_t i = 0; i < count; ++i) column[i] *= query.weights[number];
+      for (size_t i = 0; number > 0 && i < count; ++i) out[i] += column[i];
     }
   });
 }

@@ -49,12 +49,14 @@ class Rescorer {
     std::vector<float> near;       // float32 scores
     std::vector<double> score;     // the contract's
     std::vector<ExactView> views;  // those of the stage at hand
+    std::vector<double> weights;   // theirs, or none
     std::vector<float> narrow;     // the query, zero padded to a multiple of 16
     float error;                   // of `near`, or infinity where float32 is of no use
 
     int64_t size() const { return static_cast<int64_t>(slot.size()); }
   };
 
+  bool is_plain(const Stage& stage) const { return call_.is_packable(stage) && !stage.over_bank; }
   void bind(const Stage& stage);
   template <class Wanted, class Score>
   void each_run(const Stage& stage, const Wanted& wanted, const Score& score);

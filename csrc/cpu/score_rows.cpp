@@ -26,16 +26,12 @@ ScoreRows::ScoreRows(const MineCall& call, std::span<const StagePacks> packed)
       kernels_(call.bank->kernels()),
       layout_(packed.front().front()->layout()),
       padded_(layout_.positions() + room) {
-  for (const StagePacks& packs : packed)
-    for (const Packed16* each : packs)
-      if (std::find(views_.begin(), views_.end(), each) == views_.end()) views_.push_back(each);
-  columns_ = views_.size();
-  for (const StagePacks& packs : packed) {
+  for (size_t stage = 0; stage < packed.size(); ++stage) {
     std::vector<size_t>& sources = sources_.emplace_back();
-    for (const Packed16* each : packs)
-      sources.push_back(static_cast<size_t>(std::find(views_.begin(), views_.end(), each) - views_.begin()));
-    column_.push_back(packs.size() == 1 ? sources.front() : columns_++);
+    for (const Packed16* each : packed[stage]) sources.push_back(source(each, call.stages[stage]));
   }
+  columns_ = views_.size();
+  for (const auto& sources : sources_) column_.push_back(sources.size() == 1 ? sources.front() : columns_++);
   const auto at_least = [](auto& each, size_t count) { each.resize(std::max(each.size(), count)); };
   at_least(memory_.rows, columns_);
   at_least(memory_.errors, columns_);
@@ -49,6 +45,17 @@ ScoreRows::ScoreRows(const MineCall& call, std::span<const StagePacks> packed)
 
 ScoreRows::~ScoreRows() {
   if (!are_kept_) memory_ = Memory{};
+}
+
+// The number among `views_`, which gets it where it was not there.
+size_t ScoreRows::source(const Packed16* packed, const Stage& stage) {
+  const Stage* const weighs = stage.fusion == Fusion::zsum ? &stage : nullptr;
+  const auto same = [&](const Source& each) {
+    return each.packed == packed && (each.weighs == nullptr) == (weighs == nullptr);
+  };
+  const auto found = std::find_if(views_.begin(), views_.end(), same);
+  if (found == views_.end()) views_.push_back({packed, weighs});
+  return static_cast<size_t>(std::find_if(views_.begin(), views_.end(), same) - views_.begin());
 }
 
 // Groups of 12, 8 or 4 queries, as even as they come.
@@ -67,8 +74,9 @@ void ScoreRows::pack(int64_t first, int64_t count) {
   group(count);
   int64_t padded = 0;
   for (const int size : groups_) padded += size;
+  std::vector<double> weights;
   for (size_t view = 0; view < views_.size(); ++view) {
-    const Packed16& packed = *views_[view];
+    const Packed16& packed = *views_[view].packed;
     memory_.rows[view].reserve(padded * padded_);
     memory_.words[view].reserve(padded * packed.steps());
     std::fill_n(memory_.words[view].data(), padded * packed.steps(), 0);
@@ -76,10 +84,15 @@ void ScoreRows::pack(int64_t first, int64_t count) {
     memory_.errors[view].assign(padded, 0.0);
     int32_t* words = memory_.words[view].data();
     int64_t query = 0;
+    weights.clear();
     for (const int size : groups_) {
       for (int i = 0; i < size && query < count; ++i, ++query) {
-        memory_.queries[view][query] = packed.pack_query(call_.queries, first + query, {}, words + i, size);
-        memory_.errors[view][query] = memory_.queries[view][query].error;
+        Packed16::Query& made = memory_.queries[view][query];
+        if (views_[view].weighs == nullptr || call_.weigh(*views_[view].weighs, first + query, weights))
+          made = packed.pack_query(call_.queries, first + query, weights, words + i, size);
+        else
+          made.error = std::numeric_limits<double>::infinity();
+        memory_.errors[view][query] = made.error;
       }
       words += size * packed.steps();
     }
@@ -91,7 +104,7 @@ bool ScoreRows::score(int64_t first, int64_t count) {
   const Span span(Phase::score);
   pack(first, count);
   for (size_t view = 0; view < views_.size(); ++view) {
-    const Packed16& packed = *views_[view];
+    const Packed16& packed = *views_[view].packed;
     const int64_t block_bytes = packed.steps() * lanes16 * 4;
     const int64_t run = std::max<int64_t>(1, keys_in_cache / block_bytes);
     for (int64_t start = 0; start < layout_.blocks; start += run) {
@@ -136,7 +149,7 @@ double ScoreRows::fuse_row(const std::vector<size_t>& sources, bool smaller, int
   std::vector<const int16_t*> rows;
   double reach = 0, error = 0;
   for (const size_t view : sources) {
-    constant.push_back(views_[view]->embedding().constant(call_.queries, first + query));
+    constant.push_back(views_[view].packed->embedding().constant(call_.queries, first + query));
     reach = std::max(reach, 32768 / memory_.queries[view][query].unit + std::abs(constant.back()));
   }
   const double unit = largest / reach;

@@ -1,9 +1,9 @@
 // The 16-bit scores of all keys for a few queries at a time, a row a query: what stages that keep a large share work
 // on.
 //
-// There is a column of rows for each distinct packed view, and after those one for each stage of several (`min`,
-// `max`). Such a stage's views are brought to one unit and fused: the smaller or larger of certified scores is a
-// certified score.
+// There is a column of rows for each distinct packed view, once more where a `zsum` weighs its queries, and after those
+// one for each stage of several (`min`, `max`). Such a stage's views are brought to one unit and fused: the smaller or
+// larger of certified scores is a certified score.
 #pragma once
 
 #include <cstdint>
@@ -47,7 +47,13 @@ class ScoreRows {
     std::vector<Buffer<int32_t>> words;                 // per view: the packed queries
     std::vector<std::vector<Packed16::Query>> queries;  // per view: [queries at a time]
   };
+  struct Source {
+    const Packed16* packed;
+    const Stage* weighs;  // or null
+  };
   static Memory& kept_memory();
+
+  size_t source(const Packed16* packed, const Stage& stage);
 
   void group(int64_t count);
   void pack(int64_t first, int64_t count);
@@ -58,7 +64,7 @@ class ScoreRows {
   const Kernels& kernels_;
   Layout layout_;
   int64_t padded_;
-  std::vector<const Packed16*> views_;
+  std::vector<Source> views_;
   std::vector<size_t> column_;                // per bounded stage
   std::vector<std::vector<size_t>> sources_;  // per bounded stage, the views that its column is made of
   size_t columns_ = 0;

@@ -106,8 +106,10 @@ class Stream {
     least_.assign(padded, never);  // rows that only fill up a tile never collect anything
     if (static_cast<int64_t>(found_.size()) < padded) found_.resize(padded);
     std::vector<int8_t> bytes(width);
+    std::vector<double> weights;
     for (size_t i = 0; i < rows_.size(); ++i) {
-      const auto query = packed_.pack_query(call_.queries, rows_[i], {}, bytes.data(),
+      if (!call_.weigh(call_.stages[0], rows_[i], weights)) continue;  // its `least` says that it is hopeless
+      const auto query = packed_.pack_query(call_.queries, rows_[i], weights, bytes.data(),
                                             start_.data() + static_cast<int64_t>(i) * packed_.runs());
       int8_t* const out = bytes_.data() + static_cast<int64_t>(i / queries8 * queries8) * width + i % queries8 * 4;
       for (int64_t step = 0; step < packed_.steps(); ++step)
@@ -147,7 +149,7 @@ class Stream {
       }
       const int64_t first = group * queries8;
       for (int64_t i = first; i < std::min(first + queries8, static_cast<int64_t>(rows_.size())); ++i)
-        seed(i, &sample_upper_[(i - first) * keys], keys, rank);
+        if (least_[i] < never) seed(i, &sample_upper_[(i - first) * keys], keys, rank);
     }
   }
 
