@@ -1,4 +1,4 @@
-// The kernels of the 8-bit stream alone, at the edges of what their bounds admit.
+// The tiles, and the float products that follow, alone: at the edges of what their bounds admit.
 #pragma once
 
 #include <algorithm>
@@ -43,35 +43,43 @@ inline void fill_halves(const cpu::Kernels& kernels, std::mt19937& rng, int64_t 
     }
 }
 
-inline bool tiles_right(const cpu::Isa& isa, std::mt19937& rng) {
+// 8-bit tiles: two groups of queries, all layouts.
+inline bool tiles8_right(const cpu::Isa& isa, std::mt19937& rng) {
   const cpu::Kernels& kernels = isa.kernels();
-  if (kernels.tile8 == nullptr) return true;
-  const int64_t steps = std::array<int64_t, 8>{1, 2, 7, 8, 9, 32, 33, 1024}[rng() % 8];
+  if (kernels.tiles8 == nullptr) return true;
+  const int64_t steps = std::array<int64_t, 9>{1, 2, 7, 8, 9, 17, 32, 33, 1024}[rng() % 9];
   const int64_t runs = kernels.sums_runs ? (steps + cpu::run8 - 1) / cpu::run8 : 1;
-  cpu::Buffer<uint8_t> keys;
-  cpu::Buffer<float> scale, residual;
-  keys.reserve(steps * cpu::lanes8 * 4);
-  scale.reserve(cpu::lanes8);
-  residual.reserve(cpu::lanes8);
-  std::vector<int8_t> queries(cpu::queries8 * steps * 4), query(4 * steps), key(4 * steps);
-  std::vector<int32_t> start(cpu::queries8 * runs);
-  std::vector<std::vector<int8_t>> q(cpu::queries8), k(cpu::lanes8);
+  const int64_t groups = 1 + static_cast<int64_t>(rng() % 2), together = kernels.queries8, count = groups * together;
+  const int64_t width = kernels.by_row8 ? (4 * steps + 63) / 64 * 64 : 4 * steps;
+  cpu::Buffer<uint8_t> keys(steps * cpu::lanes8 * 4 + cpu::over_read);
+  cpu::Buffer<float> scale(cpu::lanes8), residual(cpu::lanes8);
+  cpu::Buffer<int8_t> queries(count * width);
+  std::fill_n(queries.data(), count * width, int8_t{0});
+  for (int64_t i = 0; i < keys.size(); ++i) keys[i] = static_cast<uint8_t>(rng());
+  std::vector<int8_t> query(4 * steps), key(4 * steps);
+  std::vector<int32_t> start(count * runs);
+  std::vector<std::vector<int8_t>> q(count), k(cpu::lanes8);
   for (int i = 0; i < cpu::lanes8; ++i) {
     fill_halves(kernels, rng, steps, query, key);
     k[i] = key;
-    if (i < cpu::queries8) q[i] = query;
-    if (kernels.sums_runs && i >= cpu::queries8) k[i] = k[i % cpu::queries8];  // fitting to its query
-    scale.data()[i] = rng() % 8 == 0 ? std::numeric_limits<float>::quiet_NaN() : 1.0f;
-    residual.data()[i] = static_cast<float>(rng() % 100);
+    if (i < count) q[i] = query;
+    if (kernels.sums_runs && i >= count) k[i] = k[i % count];  // fitting to its query
+    scale[i] = rng() % 8 == 0 ? std::numeric_limits<float>::quiet_NaN() : 1.0f;
+    residual[i] = static_cast<float>(rng() % 100);
   }
   for (int64_t step = 0; step < steps; ++step) {
     for (int lane = 0; lane < cpu::lanes8; ++lane)
       for (int64_t byte = 0; byte < 4; ++byte)
-        keys.data()[(step * cpu::lanes8 + lane) * 4 + byte] = static_cast<uint8_t>(k[lane][4 * step + byte] + 128);
-    for (int i = 0; i < cpu::queries8; ++i) std::memcpy(&queries[(step * cpu::queries8 + i) * 4], &q[i][4 * step], 4);
+        keys[(step * cpu::lanes8 + lane) * 4 + byte] = static_cast<uint8_t>(k[lane][4 * step + byte] + 128);
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t first = i / together * together, place = i % together;
+      int8_t* const to =
+          kernels.by_row8 ? &queries[i * width + step * 4] : &queries[first * width + (step * together + place) * 4];
+      std::memcpy(to, &q[i][4 * step], 4);
+    }
   }
   // As Packed8::start_query does.
-  for (int i = 0; i < cpu::queries8; ++i)
+  for (int64_t i = 0; i < count; ++i)
     for (int64_t run = 0; run < runs; ++run) {
       int32_t half[2] = {};
       const int64_t first = kernels.sums_runs ? run * cpu::run8 : 0;
@@ -82,29 +90,96 @@ inline bool tiles_right(const cpu::Isa& isa, std::mt19937& rng) {
               ? static_cast<int32_t>((static_cast<uint32_t>(half[0]) & 0xffff) | static_cast<uint32_t>(half[1]) << 16)
               : half[0] + half[1];
     }
-  std::vector<float> least(cpu::queries8), beta(cpu::queries8, 0.5f), upper(cpu::queries8 * cpu::lanes8);
+  std::vector<float> least(count), beta(count, 0.5f);
   for (float& each : least) each = static_cast<float>(static_cast<int>(rng() % 200000) - 100000);
-  uint64_t lanes[cpu::queries8] = {};
-  const uint32_t any = kernels.tile8(queries.data(), keys.data(), steps, start.data(), scale.data(), residual.data(),
-                                     least.data(), beta.data(), upper.data(), lanes);
-  for (int i = 0; i < cpu::queries8; ++i) {
-    uint64_t reached = 0;
+  cpu::Buffer<float> upper(count * cpu::lanes8);
+  std::vector<uint64_t> lanes(count);
+  std::vector<uint32_t> any(groups);
+  {
+    const cpu::MatrixUnits units(kernels);
+    kernels.tiles8(queries.data(), groups, keys.data(), steps, start.data(), scale.data(), residual.data(),
+                   least.data(), beta.data(), upper.data(), lanes.data(), any.data());
+  }
+  for (int64_t i = 0; i < count; ++i) {
     bool same = true;
     for (int lane = 0; lane < cpu::lanes8; ++lane) {
       int64_t sum = 0;
       for (int64_t d = 0; d < 4 * steps; ++d) sum += int64_t{q[i][d]} * k[lane][d];
-      const bool fits = !kernels.sums_runs || lane % cpu::queries8 == i;  // other keys' sums may not fit 16 bits
-      const float u = std::fma(static_cast<float>(sum), scale.data()[lane], 0.5f * residual.data()[lane]);
-      const bool there = (any >> i & 1) != 0 && (lanes[i] >> lane & 1) != 0;
+      const bool fits = !kernels.sums_runs || lane % count == i;  // other keys' sums may not fit 16 bits
+      const float u = std::fma(static_cast<float>(sum), scale[lane], 0.5f * residual[lane]);
+      const bool there = (any[i / together] >> (i % together) & 1) != 0 && (lanes[i] >> lane & 1) != 0;
       if (!fits) continue;
-      if (u >= least[i]) reached |= uint64_t{1} << lane;
       same = same && there == (u >= least[i]);
       if (there) same = same && upper[i * cpu::lanes8 + lane] == u;
     }
     if (same) continue;
-    std::printf("%s: a tile of %ld steps is wrong in query %d\n", isa.name, static_cast<long>(steps), i);
+    std::printf("%s: an 8-bit tile of %ld steps is wrong in query %ld\n", isa.name, static_cast<long>(steps),
+                static_cast<long>(i));
     return false;
   }
+  return true;
+}
+
+// 16-bit tiles: several blocks, all layouts, rows as long as the contract allows.
+inline bool tiles16_right(const cpu::Isa& isa, std::mt19937& rng) {
+  const cpu::Kernels& kernels = isa.kernels();
+  const int64_t dims = 4 * std::array<int64_t, 7>{1, 2, 15, 16, 17, 32, 129}[rng() % 7], steps = dims / 2;
+  const int count = kernels.least16 * (1 + static_cast<int>(rng() % (kernels.queries16 / kernels.least16)));
+  const int64_t blocks = 1 + static_cast<int64_t>(rng() % 3), n = blocks * cpu::lanes16;
+  const int64_t padded = kernels.planes16 ? (dims + 63) / 64 * 64 : dims;
+  const auto draw = [&](int64_t rows) {
+    std::vector<std::vector<int16_t>> drawn(rows, std::vector<int16_t>(dims));
+    const double most = std::min(32639.0, 46290 / std::sqrt(static_cast<double>(dims)));  // so long at most
+    std::uniform_int_distribution<int> value(-static_cast<int>(most), static_cast<int>(most));
+    const bool extreme = rng() % 2 == 0;
+    for (auto& row : drawn)
+      for (int16_t& each : row)
+        each = static_cast<int16_t>(extreme ? (rng() % 2 == 0 ? most : -most) : static_cast<double>(value(rng)));
+    return drawn;
+  };
+  const auto q = draw(count), k = draw(n);
+  cpu::Buffer<int32_t> queries(count * padded / 2), keys(n * steps + cpu::over_read / 4);
+  std::fill_n(queries.data(), queries.size(), 0);
+  for (int64_t i = 0; i < keys.size(); ++i) keys[i] = static_cast<int32_t>(rng());
+  const auto lower = [](int16_t value) { return static_cast<int8_t>(static_cast<uint8_t>(value & 255)); };
+  const auto byte = [&](int16_t value, int plane) {
+    return plane == 1 ? lower(value) : static_cast<int8_t>((value - lower(value)) / 256);
+  };
+  for (int64_t d = 0; d < dims; ++d) {
+    for (int64_t i = 0; i < count; ++i)
+      if (!kernels.planes16) {
+        reinterpret_cast<int16_t*>(queries.data())[(d / 2 * count + i) * 2 + d % 2] = q[i][d];
+      } else {
+        for (int plane = 0; plane < 2; ++plane)
+          reinterpret_cast<int8_t*>(queries.data())[(plane * count + i) * padded + d] = byte(q[i][d], plane);
+      }
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t block = i / 32, lane = i % 32;
+      if (!kernels.planes16) {
+        reinterpret_cast<int16_t*>(keys.data())[((block * steps + d / 2) * 32 + lane) * 2 + d % 2] = k[i][d];
+      } else {
+        for (int64_t plane = 0; plane < 2; ++plane)
+          reinterpret_cast<int8_t*>(
+              keys.data())[((((block * 2 + plane) * 2 + lane % 2) * (dims / 4) + d / 4) * 16 + lane / 2) * 4 + d % 4] =
+              byte(k[i][d], static_cast<int>(plane));
+      }
+    }
+  }
+  const int64_t stride = n + 32;
+  std::vector<int16_t> out(count * stride);
+  {
+    const cpu::MatrixUnits units(kernels);
+    kernels.tiles16(queries.data(), count, keys.data(), blocks, steps, out.data(), stride);
+  }
+  for (int64_t i = 0; i < count; ++i)
+    for (int64_t j = 0; j < n; ++j) {
+      int64_t sum = 0;
+      for (int64_t d = 0; d < dims; ++d) sum += int64_t{q[i][d]} * k[j][d];
+      if (out[i * stride + j] == static_cast<int16_t>(sum >> 16)) continue;
+      std::printf("%s: a 16-bit tile of %ld dims is wrong in query %ld, key %ld\n", isa.name, static_cast<long>(dims),
+                  static_cast<long>(i), static_cast<long>(j));
+      return false;
+    }
   return true;
 }
 

@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 from hypothesis import HealthCheck, settings
 
-ISA = re.compile(r"(?<![a-z0-9])(avx512|avx2|neon|portable)(?![a-z0-9])")
+ISA = re.compile(r"(?<![a-z0-9])(amx|avx512|avx2|neon|portable)(?![a-z0-9])")
 
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("patient")

@@ -363,7 +363,8 @@ int main(int count, char** words) {
     for (int round = 0; round < 4 * rounds; ++round) failures += !contrasts_right(isa, rng);
     for (int round = 0; round < 500 * rounds; ++round) failures += !thresholds_right(isa, rng);
     for (int round = 0; round < 150 * rounds; ++round) {
-      failures += !bounds_test::tiles_right(isa, rng);
+      failures += !bounds_test::tiles8_right(isa, rng);
+      failures += !bounds_test::tiles16_right(isa, rng);
       failures += !bounds_test::float_products_right(isa, rng);
       failures += !bounds_test::brackets_right(isa, rng);
       failures += !packed_test::bounds8_hold(isa, rng);

@@ -14,7 +14,13 @@ ROOT = Path(__file__).parents[1]
 SOURCES = ROOT / "csrc" / "cpu"
 AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mpopcnt"]
 AVX512 = [f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "vbmi2", "vnni")] + AVX2
-FLAGS = {"isa_avx2": AVX2, "isa_avx512": [*AVX512, "-Wno-uninitialized", "-Wno-maybe-uninitialized"]}
+QUIET = ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+FLAGS = {
+    "isa_avx2": AVX2,
+    "isa_avx512": [*AVX512, *QUIET],
+    "isa_amx": [*AVX512, "-mamx-tile", "-mamx-int8", *QUIET],
+}
+X86_FILES = tuple(FLAGS)
 X86 = platform.machine() in ("x86_64", "AMD64")
 COMPILER = shutil.which("g++")
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no g++ here")
@@ -67,6 +73,8 @@ def machine_has() -> set[str]:
         found.add("avx2")
     if X86 and {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vbmi2", "avx512_vnni"} <= words:
         found.add("avx512")
+        if {"amx_tile", "amx_int8"} <= words:
+            found.add("amx")
     return found | ({"neon"} if platform.machine() == "aarch64" else set())
 
 
@@ -78,7 +86,7 @@ def test_no_instruction_set_of_this_machine_is_skipped():
 @needs_compiler
 @pytest.mark.timeout(900)
 def test_kernels_under_address_and_undefined_behaviour_sanitizers(tmp_path):
-    skip = ("isa_neon",) if X86 else ("isa_avx2", "isa_avx512")
+    skip = ("isa_neon",) if X86 else X86_FILES
     binary = build(tmp_path, "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", skip=skip)
     ran = run(binary, "1")
     print(ran)
@@ -90,7 +98,7 @@ def test_kernels_under_address_and_undefined_behaviour_sanitizers(tmp_path):
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
 def test_kernels_under_sanitizers_at_length(tmp_path, sanitizer):
-    skip = ("isa_neon",) if X86 else ("isa_avx2", "isa_avx512")
+    skip = ("isa_neon",) if X86 else X86_FILES
     binary = build(tmp_path, "-O2", "-g1", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all", skip=skip)
     print(run(binary, "12"))
 
@@ -100,7 +108,7 @@ def test_neon_under_emulation(tmp_path):
     compiler, emulator = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64")
     if compiler is None or emulator is None:
         pytest.skip("needs aarch64-linux-gnu-g++ and qemu-aarch64")
-    binary = build(tmp_path, "-O2", "-static", compiler=compiler, skip=("isa_avx2", "isa_avx512"))
+    binary = build(tmp_path, "-O2", "-static", compiler=compiler, skip=X86_FILES)
     ran = run(emulator, binary, "1")
     print(ran)
     assert "neon: 14 problems" in ran
@@ -109,7 +117,7 @@ def test_neon_under_emulation(tmp_path):
 
 @needs_compiler
 @pytest.mark.skipif(shutil.which("nm") is None, reason="no nm here")
-@pytest.mark.parametrize("name", ["portable", *(("avx2", "avx512") if X86 else ("neon",))])
+@pytest.mark.parametrize("name", ["portable", *(("avx2", "avx512", "amx") if X86 else ("neon",))])
 def test_an_instruction_set_exports_one_symbol(tmp_path, name):
     """A shared inline function exported from here could be the copy the linker keeps, and crash older machines."""
     made = tmp_path / "isa.o"

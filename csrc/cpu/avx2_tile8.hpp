@@ -17,6 +17,8 @@ namespace cascade::cpu {
 namespace {
 namespace avx2 {
 
+constexpr int queries8 = 6;
+
 // As assembly: with the intrinsics GCC 12 copies every accumulator in every step.
 inline __m256i broadcast8(const int8_t* bytes) {
   __m256i out;

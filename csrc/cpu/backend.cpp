@@ -14,9 +14,8 @@ namespace {
 constexpr int64_t small_bank = 512;            // keys: below, scoring exactly costs less than bounds do
 constexpr int64_t packing_pays_from = 16;      // queries: packing costs about as much as scoring so many exactly
 constexpr int64_t turns_before_learning = 16;  // of a queue: features drift in training, and with them their mean
-constexpr int64_t few_of_many = 16;            // a stage that keeps at most 1 in 16 is worth 8-bit scores
 constexpr int64_t most_dims8 = 1 << 16;        // 128 * 127 times as much fits the 32 bits of their sums
-constexpr int64_t together16 = 8;              // queries: a few tiles of 16 bits
+constexpr int64_t some_queries16 = 8;          // a thread takes so many at a time where a tile is no larger
 // A row that is picked out of a mapped file is taken to map so much: of rows that lie together each one maps less, and
 // of rows far apart up to a whole folio.
 constexpr int64_t picked_row = 4 * Residency::around;
@@ -59,7 +58,18 @@ bool is_worth_8_bits(const Bank& bank, const Stage& stage) {
   int64_t dims = 0;
   for (const int32_t view : stage.views) dims += bank.views()[view].columns;
   const int64_t crowding = bank.kernels().sums_runs ? std::max<int64_t>(1, dims / usual_dims) : 1;
-  return stage.keep * few_of_many * crowding <= bank.size() && dims < most_dims8;
+  return stage.keep * bank.kernels().few8 * crowding <= bank.size() && dims < most_dims8;
+}
+
+// Whether stage `number` is worth 16-bit scores of all keys, though only what the stage before it keeps needs scores:
+// if that is many, or the scores are there already.
+bool is_worth_all_keys(const Bank& bank, std::span<const Stage> stages, size_t number) {
+  constexpr int64_t picked = 32;  // keys that are scored in tiles while the row of one is picked and scored
+  if (stages[number - 1].keep * picked >= bank.size()) return true;
+  const auto same = [&](const Stage& each) {
+    return each.fusion == stages[number].fusion && std::ranges::equal(each.views, stages[number].views);
+  };
+  return std::any_of(stages.begin(), stages.begin() + static_cast<int64_t>(number), same);
 }
 
 }  // namespace
@@ -85,7 +95,7 @@ const Packed16& Bank::packed16(std::span<const int32_t> views, const Control& co
   const std::lock_guard lock(making_);
   const std::vector<int32_t> wanted(views.begin(), views.end());
   auto& found = packed16_[wanted];
-  if (!found) found = std::make_unique<Packed16>(views_, metric_, wanted, control, shelf_.get());
+  if (!found) found = std::make_unique<Packed16>(views_, metric_, wanted, *kernels_, control, shelf_.get());
   return *found;
 }
 
@@ -211,7 +221,7 @@ void mine(Bank& bank, std::span<const Stage> stages, std::span<const Matrix> que
   const bool ranks_bank = std::any_of(stages.begin(), stages.end(),
                                       [&](const Stage& each) { return each.over_bank && call.is_boundable(each); });
   if (fast && exclude.query_video != nullptr) bank.videos();
-  if (fast && bank.kernels().tile8 != nullptr && call.is_packable(first) && !ranks_bank &&
+  if (fast && bank.kernels().tiles8 != nullptr && call.is_packable(first) && !ranks_bank &&
       is_worth_8_bits(bank, first)) {
     const Packed8& packed = bank.packed8(first.views, control);
     // Survivors of many queries share a pass over their rows: smaller runs took up to 1.5 times as long.
@@ -223,6 +233,7 @@ void mine(Bank& bank, std::span<const Stage> stages, std::span<const Matrix> que
     std::vector<StagePacks> packed;
     for (const Stage& stage : stages) {
       if (!call.is_boundable(stage) || packed.size() == max_rows16) break;
+      if (!ranks_bank && !packed.empty() && !is_worth_all_keys(bank, stages, packed.size())) break;
       StagePacks& packs = packed.emplace_back();
       if (call.is_packable(stage)) {
         packs.push_back(&bank.packed16(stage.views, control));
@@ -230,7 +241,8 @@ void mine(Bank& bank, std::span<const Stage> stages, std::span<const Matrix> que
         for (const int32_t view : stage.views) packs.push_back(&bank.packed16({&view, 1}, control));
       }
     }
-    return share_queries(batch, together16, control,
+    const int64_t together = std::max<int64_t>(some_queries16, bank.kernels().least16);
+    return share_queries(batch, together, control,
                          [&](int64_t begin, int64_t end) { dense_queries(call, packed, begin, end); });
   }
   share_queries(batch, 1, control, [&](int64_t begin, int64_t end) { exact_queries(call, rows_between(begin, end)); });

@@ -15,6 +15,7 @@
 #include <limits>
 
 #include "cpu/fast.hpp"
+#include "cpu/rescore.hpp"
 #include "cpu/score_rows.hpp"
 #include "cpu/spans.hpp"
 #include "cpu/threshold.hpp"
@@ -22,7 +23,8 @@
 namespace cascade::cpu {
 namespace {
 
-constexpr int64_t few = 24;  // so few candidates are ranked exactly at once
+constexpr int64_t few = 24;            // so few candidates are ranked exactly at once
+constexpr int64_t worth_sharing = 64;  // candidates of a query: their rows are then other queries' too
 
 struct Open {
   Ranked ranked;
@@ -56,6 +58,8 @@ class Dense {
         layout_(rows_.layout()),
         stages_(call.stages.begin(), call.stages.end()),
         exact_(stages_, static_cast<int64_t>(call.bank->views().size()), call.bank->size(), call.weights),
+        shared_from_(std::min(rows_.stages(), call.stages.size() - 1)),
+        rescorer_(call, layout_, shared_from_),
         bank_ranking_(rows_.stages()),
         column_(rows_.columns()) {
     scratch_.open_score.resize(std::max(scratch_.open_score.size(), rows_.columns()));
@@ -76,6 +80,7 @@ class Dense {
       if (!rows_.score(first, count)) return;
       for (int64_t i = 0; i < count; ++i) cascade(first + i, i);
     }
+    rescorer_.finish();
   }
 
  private:
@@ -134,6 +139,12 @@ class Dense {
     }
     const Span repair(Phase::repair);
     if (!listed) return exact_.run(exact_.eligible(), 0, *call_.answer);
+    if (number == shared_from_ && alive >= worth_sharing && call_.is_plain(call_.stages[number]) &&
+        call_.knows_weights(row)) {
+      std::sort(scratch_.position.data(), scratch_.position.data() + alive);
+      return rescorer_.add(row,
+                           {reinterpret_cast<const int32_t*>(scratch_.position.data()), static_cast<size_t>(alive)});
+    }
     scratch_.alive.resize(alive);
     for (int64_t i = 0; i < alive; ++i) scratch_.alive[i] = layout_.slot(scratch_.position[i]);
     exact_.run(scratch_.alive, number, *call_.answer);
@@ -256,6 +267,8 @@ class Dense {
   const Layout& layout_;
   std::vector<Stage> stages_;  // the call's; `over_bank` is cleared once that is decided for the current query
   ExactCascade exact_;
+  size_t shared_from_;  // the stage from which candidates of many queries are ranked together
+  Rescorer rescorer_;
   std::vector<BankRanking> bank_ranking_;  // per bounded stage, for the current query
   std::vector<int16_t*> column_;           // the current query's scores
   Scratch& scratch_ = kept_scratch;

@@ -26,6 +26,9 @@ struct MineCall {
            (stage.fusion == Fusion::zsum && weights != nullptr);
   }
 
+  // Whether it is that, among the stage's own candidates.
+  bool is_plain(const Stage& stage) const { return is_packable(stage) && !stage.over_bank; }
+
   // Whether 16-bit scores bound a stage's.
   bool is_boundable(const Stage& stage) const {
     return is_packable(stage) || stage.fusion == Fusion::min || stage.fusion == Fusion::max;
@@ -36,6 +39,7 @@ struct MineCall {
     out.clear();
     return weights == nullptr || weights->of(stage, row, out);
   }
+  bool knows_weights(int64_t row) const { return weights == nullptr || weights->known(row); }
 };
 
 // The packed views that a stage's 16-bit scores come from: one, or one for each view of a `min` or `max`.

@@ -12,12 +12,13 @@ namespace cascade::cpu {
 
 constexpr int lanes16 = 32;           // keys in a block of 16-bit keys
 constexpr int lanes8 = 64;            // keys in a block of 8-bit keys
-constexpr int queries16 = 12;         // queries that a 16-bit tile takes at most, in fours
+constexpr int most_queries8 = 16;     // queries that an 8-bit tile takes at most
 constexpr int lanes32 = 32;           // queries side by side in the loss's tiles
-constexpr int queries8 = 6;           // queries that an 8-bit tile takes
 constexpr int64_t run8 = 8;           // steps of an 8-bit tile whose products may be summed in 16 bits
 constexpr int16_t no_score = -32768;  // marks keys that are no candidates; real 16-bit scores are above it
 constexpr int max_rows16 = 16;        // score rows that `split16` carries at most
+constexpr int64_t matrix_dims = 64;   // bytes of a row of a matrix tile
+constexpr int64_t over_read = 4096;   // bytes past the last packed key that tiles may read, whatever they are
 
 struct Split {
   int64_t kept;
@@ -47,14 +48,24 @@ struct Kernels {
                      const Matrix& keys,  //
                      const int64_t* rows, int64_t count, float* out);
 
-  // Scores of a tile as the upper halves of 32-bit sums. |query| |key| < 2^31 - 2^16 in 16-bit units, so by
-  // Cauchy-Schwarz no partial sum overflows, in whatever order, and no score reaches `no_score`.
-  void (*tile16)(const int32_t* queries,  // [steps, count]: two 16-bit values a word
-                 int count,               // 4, 8 or 12
-                 const int32_t* keys,     // [steps, 32]
-                 int64_t steps,           //
-                 int16_t* out,            // [count, 32], rows `stride` apart
-                 int64_t stride);
+  // Tiles on matrix units: the calling thread enters before it calls `tiles16` or `tiles8` and leaves after; see
+  // MatrixUnits. Null elsewhere.
+  void (*enter)();
+  void (*leave)();
+
+  // Scores as the upper halves of 32-bit sums. |query| |key| < 2^31 - 2^16 in 16-bit units, so by Cauchy-Schwarz no
+  // partial sum overflows, in whatever order, and no score reaches `no_score`. Where values lie in `planes16`, their
+  // upper and lower bytes lie apart, both signed (packed.hpp has the layouts); else two values are a word.
+  void (*tiles16)(const int32_t* queries,  // [steps, count], or planes
+                  int count,               // a multiple of `least16`, at most `queries16`
+                  const int32_t* keys,     // [blocks, steps, 32], or planes
+                  int64_t blocks,          //
+                  int64_t steps,           //
+                  int16_t* out,            // [count, blocks * 32], rows `stride` apart
+                  int64_t stride);
+  int queries16;
+  int least16;
+  bool planes16;
 
   // How many of the scores are at least `least`. n is a multiple of 32 in all that follows.
   int64_t (*count16)(const int16_t* score, int64_t n, int16_t least);
@@ -85,24 +96,31 @@ struct Kernels {
   // The smallest and largest of the values above `over`; +infinity and -infinity where none is.
   void (*range_float)(const float* value, int64_t n, float over, float* low, float* high);
 
-  // Upper bounds u = scale * I + beta * residual, I the integer inner product, of 6 queries and 64 keys. Null where
-  // this instruction set has no 8-bit product. Returns which queries have a lane with u >= least; the rows of others
-  // say nothing. Queries must lie within `most8`. Where it `sums_runs`, the inner product over the first two bytes of
-  // `run8` steps must fit 16 bits, and so that over the last two (packed.cpp sees to it).
-  uint32_t (*tile8)(const int8_t* queries,  // [steps, 6, 4]
-                    const uint8_t* keys,    // [steps, 64, 4], 128 added to each
-                    int64_t steps,          //
-                    const int32_t* start,   // [6]: -128 times the sum of the query; or [6, runs]: in each half of a
-                                            // word that of the half's bytes
-                    const float* scale,     // [64]; NaN in empty lanes, so that no comparison holds
-                    const float* residual,  // [64]
-                    const float* least,     // [6]
-                    const float* beta,      // [6]
-                    float* upper,           // [6, 64]
-                    uint64_t* lanes);       // [6]: the lanes that reach `least`
-  int most8;                                // the largest byte of a query
-  bool sums_runs;                           // sums products of `run8` steps in 16 bits, not all in 32
-  int64_t fewest8;                          // a smaller bank takes 16 bits: a query's preparation costs more than tiles
+  // Upper bounds u = scale * I + beta * residual, I the integer inner product, of groups of n = `queries8` queries and
+  // 64 keys. Null where this instruction set has no 8-bit product. `any` tells which queries of each group have a lane
+  // with u >= least; the rows of others say nothing. Queries must lie within `most8`. Where it `sums_runs`, the inner
+  // product over the first two bytes of `run8` steps must fit 16 bits, and so that over the last two (packed8.cpp sees
+  // to it).
+  void (*tiles8)(const int8_t* queries,  // [groups, steps, n, 4]; or `by_row8` [groups, n, steps, 4], the steps' bytes
+                                         // filled up with zeros to a multiple of `matrix_dims`
+                 int64_t groups,         //
+                 const uint8_t* keys,    // [steps, 64, 4], 128 added to each
+                 int64_t steps,          //
+                 const int32_t* start,   // [groups, n]: -128 times the sum of the query; or [groups, n, runs]: in each
+                                         // half of a word that of the half's bytes
+                 const float* scale,     // [64]; NaN in empty lanes, so that no comparison holds
+                 const float* residual,  // [64]
+                 const float* least,     // [groups, n]
+                 const float* beta,      // [groups, n]
+                 float* upper,           // [groups, n, 64]
+                 uint64_t* lanes,        // [groups, n]: the lanes that reach `least`
+                 uint32_t* any);         // [groups]
+  int queries8;                          // at most `most_queries8`
+  bool by_row8;                          //
+  int most8;                             // the largest byte of a query
+  bool sums_runs;                        // sums products of `run8` steps in 16 bits, not all in 32
+  int64_t fewest8;                       // a smaller bank takes 16 bits: a query's preparation costs more than tiles
+  int64_t few8;                          // a stage that keeps more than one key in so many takes 16 bits too
 
   // The loss's scores of 32 queries and some keys: inner products in float32, divided by the temperature.
   void (*scores32)(const float* queries,       // [D, 32]
@@ -127,13 +145,30 @@ struct Kernels {
                    float* direction);  // [D, 32], of weight times key; null where it is not wanted
 };
 
+// The calling thread's right to use `tiles16` and `tiles8` while this object lives.
+class MatrixUnits {
+ public:
+  explicit MatrixUnits(const Kernels& kernels) : leave_(kernels.leave) {
+    if (kernels.enter != nullptr) kernels.enter();
+  }
+  ~MatrixUnits() {
+    if (leave_ != nullptr) leave_();
+  }
+  MatrixUnits(const MatrixUnits&) = delete;
+  MatrixUnits& operator=(const MatrixUnits&) = delete;
+
+ private:
+  void (*leave_)();
+};
+
 // Each lives in a file of its own, compiled for that instruction set; it exports nothing else.
-const Kernels& portable_kernels();
+const Kernels& portable_kernels() noexcept;
 #if defined(__x86_64__)
-const Kernels& avx2_kernels();
-const Kernels& avx512_kernels();
+const Kernels& avx2_kernels() noexcept;
+const Kernels& avx512_kernels() noexcept;
+const Kernels& amx_kernels() noexcept;
 #elif defined(__aarch64__)
-const Kernels& neon_kernels();
+const Kernels& neon_kernels() noexcept;
 #endif
 
 struct Isa {

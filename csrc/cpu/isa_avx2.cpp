@@ -282,12 +282,17 @@ struct Floats8 {
 
 }  // namespace
 
-const Kernels& avx2_kernels() {
+const Kernels& avx2_kernels() noexcept {
   static constexpr Kernels table{
       .name = "avx2",
       .dots = dots,
       .dots_float = avx2::dots_float,
-      .tile16 = tile16,
+      .enter = nullptr,
+      .leave = nullptr,
+      .tiles16 = generic::tiles16<tile16>,
+      .queries16 = 12,
+      .least16 = 4,
+      .planes16 = false,
       .count16 = count16,
       .range16 = range16,
       .collect16 = collect16,
@@ -295,10 +300,13 @@ const Kernels& avx2_kernels() {
       .fuse16 = generic::fuse16,
       .count_float = avx2::count_float,
       .range_float = avx2::range_float,
-      .tile8 = avx2::tile8,
+      .tiles8 = generic::tiles8<avx2::tile8, avx2::queries8, true>,
+      .queries8 = avx2::queries8,
+      .by_row8 = false,
       .most8 = 64,
       .sums_runs = true,
       .fewest8 = 8192,
+      .few8 = 16,
       .scores32 = contrast::scores32<Floats8>,
       .absorb32 = contrast::absorb32<Floats8>,
   };

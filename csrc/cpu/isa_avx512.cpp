@@ -244,6 +244,8 @@ void range_float(const float* value, int64_t n, float over, float* low, float* h
 
 // ---- 8-bit tiles: 6 queries x 64 keys in 24 accumulators
 
+constexpr int queries8 = 6;
+
 uint32_t tile8(const int8_t* queries, const uint8_t* keys, int64_t steps, const int32_t* start, const float* scale,
                const float* residual, const float* least, const float* beta, float* upper, uint64_t* lanes) {
   constexpr int parts = lanes8 / 16;
@@ -300,12 +302,17 @@ struct Floats16 {
 
 }  // namespace
 
-const Kernels& avx512_kernels() {
+const Kernels& avx512_kernels() noexcept {
   static constexpr Kernels table{
       .name = "avx512",
       .dots = dots,
       .dots_float = generic::dots_float,
-      .tile16 = tile16,
+      .enter = nullptr,
+      .leave = nullptr,
+      .tiles16 = generic::tiles16<tile16>,
+      .queries16 = 12,
+      .least16 = 4,
+      .planes16 = false,
       .count16 = count16,
       .range16 = range16,
       .collect16 = collect16,
@@ -313,10 +320,13 @@ const Kernels& avx512_kernels() {
       .fuse16 = generic::fuse16,
       .count_float = count_float,
       .range_float = range_float,
-      .tile8 = tile8,
+      .tiles8 = generic::tiles8<tile8, queries8, false>,
+      .queries8 = queries8,
+      .by_row8 = false,
       .most8 = 127,
       .sums_runs = false,
       .fewest8 = 0,
+      .few8 = 1024,
       .scores32 = contrast::scores32<Floats16>,
       .absorb32 = contrast::absorb32<Floats16>,
   };

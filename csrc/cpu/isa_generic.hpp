@@ -81,6 +81,32 @@ inline int32_t high_half(int32_t word) { return word >> 16; }
   }
 }
 
+// `tiles16` of an instruction set whose tile is one block of keys.
+using Tile16 = void (*)(const int32_t* queries, int count, const int32_t* keys, int64_t steps, int16_t* out,
+                        int64_t stride);
+template <Tile16 tile>
+void tiles16(const int32_t* queries, int count, const int32_t* keys, int64_t blocks, int64_t steps, int16_t* out,
+             int64_t stride) {
+  for (int64_t block = 0; block < blocks; ++block)
+    tile(queries, count, keys + block * steps * lanes16, steps, out + block * lanes16, stride);
+}
+
+// `tiles8` of one whose tile is a group of `count` queries, each with so many words of `start` as it has `runs`.
+using Tile8 = uint32_t (*)(const int8_t* queries, const uint8_t* keys, int64_t steps, const int32_t* start,
+                           const float* scale, const float* residual, const float* least, const float* beta,
+                           float* upper, uint64_t* lanes);
+template <Tile8 tile, int count, bool sums_runs>
+void tiles8(const int8_t* queries, int64_t groups, const uint8_t* keys, int64_t steps, const int32_t* start,
+            const float* scale, const float* residual, const float* least, const float* beta, float* upper,
+            uint64_t* lanes, uint32_t* any) {
+  const int64_t runs = sums_runs ? (steps + run8 - 1) / run8 : 1;
+  for (int64_t group = 0; group < groups; ++group) {
+    const int64_t at = group * count;
+    any[group] = tile(queries + at * steps * 4, keys, steps, start + at * runs, scale, residual, least + at, beta + at,
+                      upper + at * lanes8, lanes + at);
+  }
+}
+
 [[maybe_unused]] int64_t count16(const int16_t* score, int64_t n, int16_t least) {
   int64_t total = 0;
   while (n > 0) {  // runs that a 16-bit counter in each lane survives

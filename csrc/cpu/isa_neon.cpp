@@ -76,12 +76,17 @@ struct Floats4 {
 
 }  // namespace
 
-const Kernels& neon_kernels() {
+const Kernels& neon_kernels() noexcept {
   static constexpr Kernels table{
       .name = "neon",
       .dots = dots,
       .dots_float = generic::dots_float,
-      .tile16 = tile16,
+      .enter = nullptr,
+      .leave = nullptr,
+      .tiles16 = generic::tiles16<tile16>,
+      .queries16 = 12,
+      .least16 = 4,
+      .planes16 = false,
       .count16 = generic::count16,
       .range16 = generic::range16,
       .collect16 = generic::collect16,
@@ -89,10 +94,13 @@ const Kernels& neon_kernels() {
       .fuse16 = generic::fuse16,
       .count_float = generic::count_float,
       .range_float = generic::range_float,
-      .tile8 = nullptr,
+      .tiles8 = nullptr,
+      .queries8 = 0,
+      .by_row8 = false,
       .most8 = 0,
       .sums_runs = false,
       .fewest8 = 0,
+      .few8 = 0,
       .scores32 = contrast::scores32<Floats4>,
       .absorb32 = contrast::absorb32<Floats4>,
   };

@@ -39,12 +39,16 @@ struct Layout {
   int64_t position(int64_t slot) const { return slot % blocks * lanes + slot / blocks; }
 };
 
-// Two 16-bit values a word, one scale for the whole bank: integer scores of a query compare directly.
+// 16 bits a value, one scale for the whole bank: integer scores of a query compare directly.
+//
+// Two values are a word, [blocks, steps, 32 keys]. Or, for units that multiply matrices of bytes, the upper and the
+// lower bytes of the values lie in planes: four dims of a key are a word, [blocks, plane, key % 2, steps / 2, key / 2],
+// of a query [plane, query, dims filled up to a multiple of 64]. value = 256 * upper + lower, both signed.
 class Packed16 {
  public:
   // Where there is a shelf, packed in a file of its, or taken from there. Then rows cannot be repacked.
-  Packed16(std::span<const Matrix> bank, Metric metric, std::vector<int32_t> views, const Control& control,
-           Shelf* shelf = nullptr);
+  Packed16(std::span<const Matrix> bank, Metric metric, std::vector<int32_t> views, const Kernels& kernels,
+           const Control& control, Shelf* shelf = nullptr);
 
   // Repacks rows in place. False where a row is too long for the bank's scale: the whole bank must be packed anew.
   bool update(int64_t first, int64_t count);
@@ -58,9 +62,11 @@ class Packed16 {
     double error;  // of scores, in units of the tiles' scores; infinite where the query fits no scale
     double unit;   // of scores: <p, y> * unit lies in [score - error, score + 1 + error]
   };
-  // Writes a query's words, `stride` apart.
+  // Words of a tile's queries that each of them takes.
+  int64_t query_words() const { return planes_ ? padded_dims() / 2 : steps_; }
+  // Writes the words of the query that is number `place` of `count` in a tile, whose words start at `words`.
   Query pack_query(std::span<const Matrix> queries, int64_t row, std::span<const double> weights, int32_t* words,
-                   int64_t stride) const;
+                   int64_t place, int64_t count) const;
 
  private:
   template <class Use>
@@ -70,16 +76,20 @@ class Packed16 {
     for (double& value : stored_) use(value);
   }
   double pack(int64_t row, double* y);
+  void place_key(int64_t position, const int16_t* integers);
+  void place_query(const int16_t* integers, int32_t* words, int64_t place, int64_t count) const;
+  int64_t padded_dims() const { return (2 * steps_ + matrix_dims - 1) / matrix_dims * matrix_dims; }
 
   std::unique_ptr<KeptFile> file_;  // what words_ lies in, or null
   Embedding embedding_;
   Layout layout_;
-  int64_t steps_;
+  bool planes_;
+  int64_t steps_;               // pairs of dims
   double scale_ = 1;            // integer = value * scale
   double longest_ = 0;          // the largest |y| that the scale admits
   double residual_ = 0;         // the largest |e_y|
   std::vector<double> stored_;  // per view, the longest row as stored
-  Buffer<int32_t> words_;       // [blocks, steps, 32]
+  Buffer<int32_t> words_;       // of the keys
 };
 
 // Four 8-bit values a word, a scale and r for each key.
@@ -110,7 +120,7 @@ class Packed8 {
     float margin;  // the rest of the bound, the same for all keys: the contract's own rounding
   };
   // In the tile's units the score lies in [u - 2 beta residual - margin, u + margin] for the tile's result u.
-  // Writes its bytes [steps * 4] and its words of `start` [runs].
+  // Writes its bytes [steps * 4], in order, and its words of `start` [runs].
   Query pack_query(std::span<const Matrix> queries, int64_t row, std::span<const double> weights, int8_t* bytes,
                    int32_t* start) const;
 

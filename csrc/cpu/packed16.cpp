@@ -11,26 +11,34 @@ namespace {
 
 // Rows are scaled to at most this length: two of them multiply to less than 2^31 - 2^16.
 constexpr double longest16 = 46290;
-constexpr double largest16 = 32766;
-constexpr double headroom = 1.02;  // for rows that a queue writes later
+constexpr double largest16 = 32639;  // 127 * 256 + 127: both bytes are signed
+constexpr double headroom = 1.02;    // for rows that a queue writes later
 
 double scale16(double norm, double most, int64_t dims) {
   if (!(norm > 0)) return 1;
   return std::min((longest16 - 0.5 * std::sqrt(static_cast<double>(dims)) - 1) / norm, largest16 / most);
 }
 
+// value = 256 * upper + lower, for |value| <= largest16
+inline void split(int16_t value, int8_t& upper, int8_t& lower) {
+  lower = static_cast<int8_t>(value & 0xff);
+  upper = static_cast<int8_t>((value - lower) / 256);
+}
+
 }  // namespace
 
-Packed16::Packed16(std::span<const Matrix> bank, Metric metric, std::vector<int32_t> views, const Control& control,
-                   Shelf* shelf)
+Packed16::Packed16(std::span<const Matrix> bank, Metric metric, std::vector<int32_t> views, const Kernels& kernels,
+                   const Control& control, Shelf* shelf)
     : embedding_(bank, metric, std::move(views)),
       layout_(bank.front().rows, lanes16),
-      steps_((embedding_.dims() + 1) / 2),
+      planes_(kernels.planes16),
+      steps_(planes_ ? (embedding_.dims() + 3) / 4 * 2 : (embedding_.dims() + 1) / 2),
       stored_(embedding_.views().size(), 0.0) {
-  const int64_t words = layout_.blocks * steps_ * lanes16;
+  const int64_t words = layout_.blocks * steps_ * lanes16 + over_read / 4;
   const auto each = [this](const auto& use) { parameters(use); };
   if (shelf != nullptr)
-    file_ = shelf->open("16bit", embedding_.views(), count_parameters(each), {{words * 4}}, control);
+    file_ = shelf->open(planes_ ? "16bit-planes" : "16bit", embedding_.views(), count_parameters(each), {{words * 4}},
+                        control);
   if (file_ == nullptr) {
     words_.reserve(words);
   } else {
@@ -59,10 +67,35 @@ double Packed16::pack(int64_t row, double* y) {
   integers.assign(2 * steps_, 0);
   embedding_.key(row, y);
   const double lost = quantise(y, embedding_.dims(), scale_, largest16, integers.data());
-  const int64_t position = layout_.position(row);
-  int32_t* out = words_.data() + position / lanes16 * steps_ * lanes16 + position % lanes16;
-  for (int64_t step = 0; step < steps_; ++step) std::memcpy(out + step * lanes16, &integers[2 * step], 4);
+  place_key(layout_.position(row), integers.data());
   return lost;
+}
+
+void Packed16::place_key(int64_t position, const int16_t* integers) {
+  int32_t* const block = words_.data() + position / lanes16 * steps_ * lanes16;
+  const int64_t lane = position % lanes16;
+  if (!planes_) {
+    for (int64_t step = 0; step < steps_; ++step) std::memcpy(block + step * lanes16 + lane, integers + 2 * step, 4);
+    return;
+  }
+  const int64_t half = steps_ / 2 * (lanes16 / 2);  // words of a plane's even or odd keys
+  for (int64_t group = 0; group < steps_ / 2; ++group) {
+    int8_t upper[4], lower[4];
+    for (int i = 0; i < 4; ++i) split(integers[4 * group + i], upper[i], lower[i]);
+    int32_t* const out = block + lane % 2 * half + group * (lanes16 / 2) + lane / 2;
+    std::memcpy(out, upper, 4);
+    std::memcpy(out + 2 * half, lower, 4);
+  }
+}
+
+void Packed16::place_query(const int16_t* integers, int32_t* words, int64_t place, int64_t count) const {
+  if (!planes_) {
+    for (int64_t step = 0; step < steps_; ++step) std::memcpy(words + step * count + place, integers + 2 * step, 4);
+    return;
+  }
+  auto* const upper = reinterpret_cast<int8_t*>(words) + place * padded_dims();
+  int8_t* const lower = upper + count * padded_dims();
+  for (int64_t d = 0; d < 2 * steps_; ++d) split(integers[d], upper[d], lower[d]);
 }
 
 bool Packed16::update(int64_t first, int64_t count) {
@@ -79,7 +112,7 @@ bool Packed16::update(int64_t first, int64_t count) {
 }
 
 Packed16::Query Packed16::pack_query(std::span<const Matrix> queries, int64_t row, std::span<const double> weights,
-                                     int32_t* words, int64_t stride) const {
+                                     int32_t* words, int64_t place, int64_t count) const {
   thread_local std::vector<double> p;
   thread_local std::vector<int16_t> integers;
   const int64_t dims = embedding_.dims();
@@ -89,7 +122,7 @@ Packed16::Query Packed16::pack_query(std::span<const Matrix> queries, int64_t ro
   const double norm = length(p.data(), dims), scale = scale16(norm, largest(p.data(), dims), dims);
   const bool fits = std::isfinite(scale) && std::isfinite(1 / scale) && std::isfinite(1 / scale_) && scale_ > 0;
   const double lost = fits ? quantise(p.data(), dims, scale, largest16, integers.data()) : 0;
-  for (int64_t step = 0; step < steps_; ++step) std::memcpy(words + step * stride, &integers[2 * step], 4);
+  place_query(integers.data(), words, place, count);
   const double bound = lost * longest_ + (norm + lost) * residual_ + embedding_.slack(queries, row, weights, stored_);
   const double unit = scale * scale_ / 65536, error = bound * scale * scale_ / 65536 * round_up;
   return {fits && std::isfinite(error) ? error : std::numeric_limits<double>::infinity(), unit};

@@ -27,7 +27,7 @@ Packed8::Packed8(std::span<const Matrix> bank, Metric metric, std::vector<int32_
       most8_(kernels.most8),
       sums_runs_(kernels.sums_runs),
       stored_(embedding_.views().size(), 0.0) {
-  const int64_t keys = layout_.positions(), bytes = keys * steps_ * 4;
+  const int64_t keys = layout_.positions(), bytes = keys * steps_ * 4 + over_read;
   const auto each = [this](const auto& use) { parameters(use); };
   if (shelf != nullptr)
     file_ = shelf->open("8bit", embedding_.views(), count_parameters(each), {{bytes, keys * 4, keys * 4}}, control);

@@ -10,6 +10,8 @@ namespace cascade::cpu {
 namespace {
 
 constexpr size_t queries_at_once = 128;
+constexpr int64_t candidates_at_once = 1 << 18;
+constexpr int64_t share_dropped = 4;  // float32 pays where it rules out at least one candidate in so many
 constexpr int bisections = 24;
 constexpr float never = std::numeric_limits<float>::infinity();
 constexpr int64_t rows_in_cache = 256 << 10;  // bytes of stored keys that a run of blocks has
@@ -31,9 +33,10 @@ float float_error(int64_t dims, double query, double key) {
   return std::nextafter(static_cast<float>(1.02 * terms * (0x1p-24 * size + underflow)), infinity);
 }
 
-Rescorer::Rescorer(const MineCall& call, const Layout& layout)
+Rescorer::Rescorer(const MineCall& call, const Layout& layout, size_t first)
     : call_(call),
       layout_(layout),
+      first_(first),
       exact_(call.stages, static_cast<int64_t>(call.bank->views().size()), call.bank->size(), call.weights),
       queries_(queries_at_once),
       cursor_(queries_at_once) {}
@@ -44,19 +47,20 @@ void Rescorer::add(int64_t row, std::span<const int32_t> positions) {
   query.block.resize(positions.size());
   query.slot.resize(positions.size());
   for (size_t i = 0; i < positions.size(); ++i) {
-    query.block[i] = positions[i] / lanes8;
-    query.slot[i] = query.block[i] + positions[i] % lanes8 * layout_.blocks;
+    query.block[i] = static_cast<int32_t>(positions[i] / layout_.lanes);
+    query.slot[i] = query.block[i] + positions[i] % layout_.lanes * layout_.blocks;
   }
-  if (count_ == queries_at_once) finish();
+  held_ += query.size();
+  if (count_ == queries_at_once || held_ > candidates_at_once) finish();
 }
 
 void Rescorer::finish() {
   if (count_ == 0) return;
-  size_t number = 0;
-  for (; number + 1 < call_.stages.size() && is_plain(call_.stages[number]); ++number)
+  size_t number = first_;
+  for (; number + 1 < call_.stages.size() && call_.is_plain(call_.stages[number]); ++number)
     narrow_down(call_.stages[number]);
   const Stage& stage = call_.stages[number];
-  const bool last = is_plain(stage);
+  const bool last = call_.is_plain(stage);
   if (last) {
     bind(stage);
     score_near(stage);
@@ -65,6 +69,7 @@ void Rescorer::finish() {
   }
   for (size_t i = 0; i < count_ && !should_stop(); ++i) answer(queries_[i], number, last);
   count_ = 0;
+  held_ = 0;
 }
 
 // A stage that others follow: which candidates stay is all that counts.
@@ -90,7 +95,7 @@ void Rescorer::bind(const Stage& stage) {
       query.views[number].bind(*call_.bank, stage.views[number], call_.queries[stage.views[number]], query.row);
     call_.weigh(stage, query.row, query.weights);
     query.error = never;
-    if (!one_product || query.size() <= stage.keep) continue;
+    if (!one_product || query.size() <= stage.keep + stage.keep / share_dropped) continue;
     const auto stored = query.views[0].query();
     query.narrow.assign((stored.size() + 15) / 16 * 16, 0.0f);
     double squared = 0;
@@ -107,7 +112,7 @@ template <class Wanted, class Score>
 void Rescorer::each_run(const Stage& stage, const Wanted& wanted, const Score& score) {
   int64_t bytes = 1;
   for (const int32_t view : stage.views) bytes += row_bytes(call_.bank->views()[view]);
-  const int64_t run = std::max<int64_t>(1, rows_in_cache / (bytes * lanes8));
+  const int64_t run = std::max<int64_t>(1, rows_in_cache / (bytes * layout_.lanes));
   for (size_t i = 0; i < count_; ++i) cursor_[i] = wanted(queries_[i]) ? 0 : queries_[i].slot.size();
   for (int64_t end = run; end < layout_.blocks + run && !should_stop(); end += run)
     for (size_t i = 0; i < count_; ++i) {

@@ -33,9 +33,11 @@ float float_error(int64_t dims, double query, double key);
 
 class Rescorer {
  public:
-  Rescorer(const MineCall& call, const Layout& layout);
+  // Of the stages from `first` on; those before were settled for all that is added.
+  Rescorer(const MineCall& call, const Layout& layout, size_t first = 0);
 
-  // The candidates of a query, as positions of the interleaved bank in ascending order of their blocks.
+  // The candidates of a query whose weights are known, as positions of the interleaved bank in ascending order of their
+  // blocks.
   void add(int64_t row, std::span<const int32_t> positions);
 
   // Runs the plan for the queries added since the last time and writes their answers. `add` calls it when it has many.
@@ -56,7 +58,6 @@ class Rescorer {
     int64_t size() const { return static_cast<int64_t>(slot.size()); }
   };
 
-  bool is_plain(const Stage& stage) const { return call_.is_packable(stage) && !stage.over_bank; }
   void bind(const Stage& stage);
   template <class Wanted, class Score>
   void each_run(const Stage& stage, const Wanted& wanted, const Score& score);
@@ -73,9 +74,11 @@ class Rescorer {
 
   const MineCall& call_;
   Layout layout_;
+  size_t first_;
   ExactCascade exact_;
   std::vector<Query> queries_;
   size_t count_ = 0;
+  int64_t held_ = 0;  // candidates of all queries
   std::vector<size_t> cursor_;
   std::vector<double> column_;
   std::vector<int64_t> band_;

@@ -9,6 +9,7 @@
 namespace cascade::cpu {
 namespace {
 
+constexpr int64_t most_at_once = 48;   // queries
 constexpr int64_t room = 2 * lanes16;  // kernels write whole vectors past the end
 constexpr int64_t scores_in_cache =
     12 << 20;  // bytes of score rows that a thread holds, its share of a last-level cache
@@ -38,8 +39,9 @@ ScoreRows::ScoreRows(const MineCall& call, std::span<const StagePacks> packed)
   at_least(memory_.words, views_.size());
   at_least(memory_.queries, views_.size());
   const int64_t row_bytes = padded_ * static_cast<int64_t>(sizeof(int16_t) * columns_);
-  at_once_ = std::clamp<int64_t>(scores_in_cache / row_bytes / queries16 * queries16, queries16, 4 * queries16);
-  if (row_bytes * at_once_ > 8 * scores_in_cache) at_once_ = 4;
+  const int64_t least = kernels_.least16;
+  at_once_ = std::clamp<int64_t>(scores_in_cache / row_bytes / least * least, least, most_at_once);
+  if (row_bytes * at_once_ > 8 * scores_in_cache) at_once_ = least;
   are_kept_ = row_bytes * at_once_ <= 2 * scores_in_cache;
 }
 
@@ -58,14 +60,15 @@ size_t ScoreRows::source(const Packed16* packed, const Stage& stage) {
   return static_cast<size_t>(std::find_if(views_.begin(), views_.end(), same) - views_.begin());
 }
 
-// Groups of 12, 8 or 4 queries, as even as they come.
+// Groups of queries, as even as they come.
 void ScoreRows::group(int64_t count) {
   groups_.clear();
-  const int64_t needed = (count + queries16 - 1) / queries16;
+  const int64_t needed = (count + kernels_.queries16 - 1) / kernels_.queries16;
   int64_t left = count;
   for (int64_t i = 0; i < needed; ++i) {
     const int64_t share = (left + (needed - i) - 1) / (needed - i);
-    groups_.push_back(static_cast<int>(std::min<int64_t>(queries16, (share + 3) / 4 * 4)));
+    const int64_t least = kernels_.least16;
+    groups_.push_back(static_cast<int>(std::min<int64_t>(kernels_.queries16, (share + least - 1) / least * least)));
     left = std::max<int64_t>(0, left - groups_.back());
   }
 }
@@ -78,8 +81,8 @@ void ScoreRows::pack(int64_t first, int64_t count) {
   for (size_t view = 0; view < views_.size(); ++view) {
     const Packed16& packed = *views_[view].packed;
     memory_.rows[view].reserve(padded * padded_);
-    memory_.words[view].reserve(padded * packed.steps());
-    std::fill_n(memory_.words[view].data(), padded * packed.steps(), 0);
+    memory_.words[view].reserve(padded * packed.query_words());
+    std::fill_n(memory_.words[view].data(), padded * packed.query_words(), 0);
     memory_.queries[view].assign(padded, {});
     memory_.errors[view].assign(padded, 0.0);
     int32_t* words = memory_.words[view].data();
@@ -89,12 +92,12 @@ void ScoreRows::pack(int64_t first, int64_t count) {
       for (int i = 0; i < size && query < count; ++i, ++query) {
         Packed16::Query& made = memory_.queries[view][query];
         if (views_[view].weighs == nullptr || call_.weigh(*views_[view].weighs, first + query, weights))
-          made = packed.pack_query(call_.queries, first + query, weights, words + i, size);
+          made = packed.pack_query(call_.queries, first + query, weights, words, i, size);
         else
           made.error = std::numeric_limits<double>::infinity();
         memory_.errors[view][query] = made.error;
       }
-      words += size * packed.steps();
+      words += size * packed.query_words();
     }
   }
 }
@@ -102,6 +105,7 @@ void ScoreRows::pack(int64_t first, int64_t count) {
 // Every view's scores of all keys. Runs of key blocks stay in the cache while all groups of queries pass over them.
 bool ScoreRows::score(int64_t first, int64_t count) {
   const Span span(Phase::score);
+  const MatrixUnits units(kernels_);
   pack(first, count);
   for (size_t view = 0; view < views_.size(); ++view) {
     const Packed16& packed = *views_[view].packed;
@@ -114,9 +118,9 @@ bool ScoreRows::score(int64_t first, int64_t count) {
       const int32_t* words = memory_.words[view].data();
       int16_t* out = memory_.rows[view].data();
       for (const int size : groups_) {
-        for (int64_t block = start; block < stop; ++block)
-          kernels_.tile16(words, size, packed.block(block), packed.steps(), out + block * lanes16, padded_);
-        words += size * packed.steps();
+        kernels_.tiles16(words, size, packed.block(start), stop - start, packed.steps(), out + start * lanes16,
+                         padded_);
+        words += size * packed.query_words();
         out += size * padded_;
       }
     }

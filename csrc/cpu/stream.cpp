@@ -78,8 +78,11 @@ class Stream {
     rows_ = rows;
     pack();
     const int64_t sampled = std::min(layout_.blocks, sample / lanes8);
-    if (sampled > 0) guess(sampled);
-    if (!scan(sampled)) return {};
+    {
+      const MatrixUnits units(kernels_);
+      if (sampled > 0) guess(sampled);
+      if (!scan(sampled)) return {};
+    }
     std::vector<int64_t> again;
     for (int64_t i = 0; i < static_cast<int64_t>(rows_.size()); ++i) {
       if (least_[i] == never) {
@@ -96,24 +99,32 @@ class Stream {
   }
 
   void pack() {
-    groups_ = (static_cast<int64_t>(rows_.size()) + queries8 - 1) / queries8;
-    const int64_t padded = groups_ * queries8, width = packed_.steps() * 4;
-    bytes_.assign(padded * width, 0);
+    const int64_t count = kernels_.queries8, bytes_of_steps = packed_.steps() * 4;
+    groups_ = (static_cast<int64_t>(rows_.size()) + count - 1) / count;
+    const int64_t padded = groups_ * count;
+    query_bytes_ = kernels_.by_row8 ? (bytes_of_steps + matrix_dims - 1) / matrix_dims * matrix_dims : bytes_of_steps;
+    const int64_t to_step = kernels_.by_row8 ? 4 : 4 * count, to_query = kernels_.by_row8 ? query_bytes_ : 4;
+    bytes_.reserve(padded * query_bytes_);
+    std::fill_n(bytes_.data(), padded * query_bytes_, int8_t{0});
     start_.assign(padded * packed_.runs(), 0);
     beta_.assign(padded, 0.0f);
     margin_.assign(padded, 0.0f);
     theta_.assign(padded, lowest);
     least_.assign(padded, never);  // rows that only fill up a tile never collect anything
+    upper_.reserve(padded * lanes8);
+    lanes_.resize(padded);
+    any_.resize(groups_);
     if (static_cast<int64_t>(found_.size()) < padded) found_.resize(padded);
-    std::vector<int8_t> bytes(width);
+    std::vector<int8_t> bytes(bytes_of_steps);
     std::vector<double> weights;
-    for (size_t i = 0; i < rows_.size(); ++i) {
-      if (!call_.weigh(call_.stages[0], rows_[i], weights)) continue;  // its `least` says that it is hopeless
-      const auto query = packed_.pack_query(call_.queries, rows_[i], weights, bytes.data(),
-                                            start_.data() + static_cast<int64_t>(i) * packed_.runs());
-      int8_t* const out = bytes_.data() + static_cast<int64_t>(i / queries8 * queries8) * width + i % queries8 * 4;
+    for (int64_t i = 0; i < static_cast<int64_t>(rows_.size()); ++i) {
+      if (!call_.knows_weights(rows_[i])) continue;  // its `least` says that it is hopeless
+      call_.weigh(call_.stages[0], rows_[i], weights);
+      const auto query =
+          packed_.pack_query(call_.queries, rows_[i], weights, bytes.data(), start_.data() + i * packed_.runs());
+      int8_t* const out = bytes_.data() + i / count * count * query_bytes_ + i % count * to_query;
       for (int64_t step = 0; step < packed_.steps(); ++step)
-        std::memcpy(out + step * queries8 * 4, bytes.data() + step * 4, 4);
+        std::memcpy(out + step * to_step, bytes.data() + step * 4, 4);
       beta_[i] = query.beta;
       margin_[i] = query.margin;
       least_[i] = lowest;
@@ -123,11 +134,12 @@ class Stream {
     }
   }
 
-  uint32_t tile(int64_t group, int64_t block, const float* least) {
-    const int64_t at = group * queries8;
-    return kernels_.tile8(bytes_.data() + at * packed_.steps() * 4, packed_.block(block), packed_.steps(),
-                          &start_[at * packed_.runs()], packed_.scale(block), packed_.residual(block), least,
-                          &beta_[at], upper_, lanes_);
+  // Bounds of one block of keys for some groups of queries; they are written from the first row of `upper_` on.
+  void tiles(int64_t group, int64_t groups, int64_t block, const float* least) {
+    const int64_t at = group * kernels_.queries8;
+    kernels_.tiles8(bytes_.data() + at * query_bytes_, groups, packed_.block(block), packed_.steps(),
+                    &start_[at * packed_.runs()], packed_.scale(block), packed_.residual(block), least, &beta_[at],
+                    upper_.data(), lanes_.data(), any_.data());
   }
 
   // Scores the first blocks whole, sets thresholds from them, and collects what passes.
@@ -138,17 +150,19 @@ class Stream {
     const int64_t rank = blocks == layout_.blocks
                              ? keep_
                              : std::min(keep_, static_cast<int64_t>(expected + 3 * std::sqrt(expected) + 2));
-    const float all[queries8] = {lowest, lowest, lowest, lowest, lowest, lowest};
-    sample_upper_.reserve(queries8 * keys);
+    const int64_t count = kernels_.queries8;
+    float all[most_queries8];
+    std::fill_n(all, count, lowest);
+    sample_upper_.reserve(count * keys);
     sample_lower_.reserve(keys);
     for (int64_t group = 0; group < groups_ && !should_stop(); ++group) {
       for (int64_t block = 0; block < blocks; ++block) {
-        tile(group, block, all);
-        for (int64_t q = 0; q < queries8; ++q)
-          std::copy_n(upper_ + q * lanes8, lanes8, &sample_upper_[q * keys + block * lanes8]);
+        tiles(group, 1, block, all);
+        for (int64_t q = 0; q < count; ++q)
+          std::copy_n(upper_.data() + q * lanes8, lanes8, &sample_upper_[q * keys + block * lanes8]);
       }
-      const int64_t first = group * queries8;
-      for (int64_t i = first; i < std::min(first + queries8, static_cast<int64_t>(rows_.size())); ++i)
+      const int64_t first = group * count;
+      for (int64_t i = first; i < std::min(first + count, static_cast<int64_t>(rows_.size())); ++i)
         if (least_[i] < never) seed(i, &sample_upper_[(i - first) * keys], keys, rank);
     }
   }
@@ -188,13 +202,12 @@ class Stream {
         if (should_stop()) return false;
         call_.bank->passed(blocks_per_poll * packed_.steps() * lanes8 * 4);
       }
-      for (int64_t group = 0; group < groups_; ++group) {
-        uint32_t any = tile(group, block, &least_[group * queries8]);
-        for (; any != 0; any &= any - 1) {
-          const int q = __builtin_ctz(any);
-          collect(group * queries8 + q, block, lanes_[q], upper_ + q * lanes8);
+      tiles(0, groups_, block, least_.data());
+      for (int64_t group = 0; group < groups_; ++group)
+        for (uint32_t any = any_[group]; any != 0; any &= any - 1) {
+          const int64_t i = group * kernels_.queries8 + __builtin_ctz(any);
+          collect(i, block, lanes_[i], upper_.data() + i * lanes8);
         }
-      }
     }
     return true;
   }
@@ -265,13 +278,15 @@ class Stream {
   Rescorer rescorer_;
   std::span<const int64_t> rows_;
   int64_t groups_ = 0;
-  std::vector<int8_t> bytes_;
+  int64_t query_bytes_ = 0;
+  Buffer<int8_t> bytes_;
   std::vector<int32_t> start_;
   std::vector<float> beta_, margin_, theta_, least_;
   std::vector<Candidates>& found_ = kept_lists();
   Buffer<float> sample_upper_, sample_lower_;
-  alignas(64) float upper_[queries8 * lanes8];
-  uint64_t lanes_[queries8];
+  Buffer<float> upper_;  // [queries, 64], of the block at hand
+  std::vector<uint64_t> lanes_;
+  std::vector<uint32_t> any_;
 };
 
 }  // namespace

@@ -46,4 +46,9 @@ bool Weights::of(const Stage& stage, int64_t row, std::vector<double>& out) cons
   return std::none_of(out.begin(), out.end(), [](double weight) { return std::isnan(weight); });
 }
 
+bool Weights::known(int64_t row) const {
+  return std::none_of(weight_.begin(), weight_.end(),
+                      [&](const auto& view) { return !view.empty() && std::isnan(view[row]); });
+}
+
 }  // namespace cascade::cpu

@@ -26,6 +26,9 @@ class Weights {
   // The weights of a stage's views, none for stages that have none. False where one is open.
   bool of(const Stage& stage, int64_t row, std::vector<double>& out) const;
 
+  // Whether none is open for a query.
+  bool known(int64_t row) const;
+
  private:
   std::vector<std::vector<double>> weight_;  // per view of the bank, [B]
 };
