@@ -2,8 +2,7 @@
 //
 // A file is a head (what it was made from, its parameters, two checksums) and arrays, each from a page's start. It is
 // written under another name and renamed, and nothing is synced: what a crash damages, the checksums find, and what is
-// damaged or made from other keys is made anew. Files of
-// one kind lie alike for every instruction set.
+// damaged or made from other keys is made anew. Files of one kind are the same for every instruction set.
 #pragma once
 
 #include <cstdint>
