@@ -170,7 +170,10 @@ def test_every_preset_equals_the_reference(preset, family):
             np.testing.assert_array_equal(found.similarity, want.similarity)
 
 
-@pytest.mark.parametrize("text", ["a:200,b:7", "zsum(a,b):150,a:7"])
+FEW_OF_MANY = ["a:200,b:7", "zsum(a,b):150,a:7", "a:200,zsum(a,b):90", "a:2000,zsum(b,a):100,b:70"]
+
+
+@pytest.mark.parametrize("text", FEW_OF_MANY)
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_a_few_of_a_bank_large_enough_for_8_bits_everywhere(family, text):
     rng = np.random.default_rng(6)
