@@ -51,17 +51,26 @@ double similarity(const Problem& p, size_t view, int64_t q, int64_t k) {
   return norms != 0 ? dot(a, b, n) / norms : 0;
 }
 
-double fused(const Problem& p, const Stage& stage, int64_t q, int64_t k) {
-  double total = 0;
+// A stage's scores of keys in ascending order.
+std::vector<double> fused(const Problem& p, const Stage& stage, int64_t q, const std::vector<int64_t>& keys) {
+  std::vector<double> total(keys.size());
   for (size_t i = 0; i < stage.views.size(); ++i) {
-    double s = similarity(p, static_cast<size_t>(stage.views[i]), q, k);
-    if (stage.fusion == Fusion::zsum) s *= p.weight[stage.views[i]][q];
-    if (i == 0)
-      total = s;
-    else if (stage.fusion == Fusion::sum || stage.fusion == Fusion::zsum)
-      total += s;
-    else
-      total = stage.fusion == Fusion::min ? std::min(total, s) : std::max(total, s);
+    const auto view = static_cast<size_t>(stage.views[i]);
+    std::vector<double> s(keys.size());
+    for (size_t k = 0; k < keys.size(); ++k) s[k] = similarity(p, view, q, keys[k]);
+    if (stage.fusion == Fusion::zsum)
+      for (double& each : s) each *= p.weight[view][q];
+    if (stage.fusion == Fusion::rrf) {
+      std::vector<size_t> order(keys.size());
+      std::iota(order.begin(), order.end(), size_t{0});
+      std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) { return s[a] > s[b]; });
+      for (size_t rank = 0; rank < order.size(); ++rank) s[order[rank]] = 1 / (60.0 + static_cast<double>(rank + 1));
+    }
+    for (size_t k = 0; k < keys.size(); ++k)
+      total[k] = i == 0                        ? s[k]
+                 : stage.fusion == Fusion::min ? std::min(total[k], s[k])
+                 : stage.fusion == Fusion::max ? std::max(total[k], s[k])
+                                               : total[k] + s[k];
   }
   return total;
 }
@@ -80,23 +89,29 @@ void weigh(Problem& p) {
     }
 }
 
-std::vector<int64_t> expected(const Problem& p, int64_t q) {
+// The last stage's survivors, best first, and their scores; filled up with -1.
+std::vector<std::pair<int64_t, double>> expected(const Problem& p, int64_t q) {
   std::vector<int64_t> eligible;
   for (int64_t k = 0; k < p.keys; ++k)
     if (p.key_video[k] != p.query_video[q]) eligible.push_back(k);
   std::vector<int64_t> alive = eligible;
+  std::vector<std::pair<int64_t, double>> found;
   for (const Stage& stage : p.stages) {
+    const auto& pool = stage.over_bank ? eligible : alive;
+    const auto score = fused(p, stage, q, pool);
     std::vector<std::pair<double, int64_t>> ranked;
-    for (const int64_t k : stage.over_bank ? eligible : alive) ranked.emplace_back(-fused(p, stage, q, k), k);
+    for (size_t i = 0; i < pool.size(); ++i) ranked.emplace_back(-score[i], pool[i]);
     std::sort(ranked.begin(), ranked.end());
     if (static_cast<int64_t>(ranked.size()) > stage.keep) ranked.resize(stage.keep);
-    std::vector<int64_t> next;
-    for (const auto& [score, k] : ranked)
-      if (std::find(alive.begin(), alive.end(), k) != alive.end()) next.push_back(k);
-    alive = next;
+    found.clear();
+    for (const auto& [negative, k] : ranked)
+      if (std::binary_search(alive.begin(), alive.end(), k)) found.emplace_back(k, -negative);
+    alive.clear();
+    for (const auto& [k, unused] : found) alive.push_back(k);
+    std::sort(alive.begin(), alive.end());
   }
-  alive.resize(p.stages.back().keep, -1);
-  return alive;
+  found.resize(p.stages.back().keep, {-1, -std::numeric_limits<double>::infinity()});
+  return found;
 }
 
 constexpr int families = 14;
@@ -165,15 +180,12 @@ Problem make(std::mt19937& rng, int family) {
   int64_t keep = p.keys;
   for (int s = 0; s < stages; ++s) {
     const bool streamed = s == 0 && family >= first_for_8_bits;
-    const int kind = static_cast<int>(rng() % (family == 7 ? 3 : streamed ? 5 : 7));
+    const int kind = static_cast<int>(rng() % (family == 7 ? 3 : streamed ? 6 : 8));
     p.stage_views.push_back(kind < 3 ? std::vector<int32_t>{static_cast<int32_t>(rng() % 2)}
                                      : std::vector<int32_t>{1, 0});
     keep = std::max<int64_t>(1, streamed || rng() % 3 == 0 ? keep / 40 : keep / 2);
-    const Fusion fusion = kind < 3    ? Fusion::none
-                          : kind == 3 ? Fusion::sum
-                          : kind == 4 ? Fusion::zsum
-                          : kind == 5 ? Fusion::min
-                                      : Fusion::max;
+    constexpr Fusion several[] = {Fusion::sum, Fusion::zsum, Fusion::rrf, Fusion::min, Fusion::max};
+    const Fusion fusion = kind < 3 ? Fusion::none : several[kind - 3];
     p.stages.push_back({{}, fusion, keep, !streamed && rng() % 6 == 0});
   }
   for (size_t s = 0; s < p.stages.size(); ++s) p.stages[s].views = p.stage_views[s];
@@ -199,12 +211,11 @@ bool answers_right(const Problem& p, cpu::Bank& bank, const char* isa, int threa
   for (int64_t q = 0; q < p.batch; ++q) {
     const auto want = expected(p, q);
     for (int64_t i = 0; i < k; ++i) {
+      const auto [key, value] = want[i];
       const int64_t found = index[q * k + i];
-      const float shown =
-          found < 0 ? -std::numeric_limits<float>::infinity() : static_cast<float>(fused(p, p.stages.back(), q, found));
-      if (found == want[i] && shown == score[q * k + i]) continue;
+      if (found == key && static_cast<float>(value) == score[q * k + i]) continue;
       std::printf("%s, %d threads, %s: query %ld rank %ld: expected key %ld, got %ld\n", isa, threads, when,
-                  static_cast<long>(q), static_cast<long>(i), static_cast<long>(want[i]), static_cast<long>(found));
+                  static_cast<long>(q), static_cast<long>(i), static_cast<long>(key), static_cast<long>(found));
       return false;
     }
   }
@@ -349,6 +360,12 @@ int main(int count, char** words) {
           Problem one = p;
           one.stages.resize(1);
           failures += !answers_right(one, bank, isa.name, 1, "one stage");
+        }
+        if (family % 2 == 0) {  // a wrong rank anywhere shows in the fused scores
+          Problem ranks = p;
+          ranks.stage_views = {{1, 0}};
+          ranks.stages = {{ranks.stage_views[0], Fusion::rrf, 100, false}};
+          failures += !answers_right(ranks, bank, isa.name, 2, "ranks");
         }
         const int64_t first = p.keys / 3, written = p.keys / 5;  // as a queue overwrites a run of slots
         for (size_t view = 0; view < p.dims.size(); ++view)

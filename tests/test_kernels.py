@@ -170,7 +170,7 @@ def test_every_preset_equals_the_reference(preset, family):
             np.testing.assert_array_equal(found.similarity, want.similarity)
 
 
-FEW_OF_MANY = ["a:200,b:7", "zsum(a,b):150,a:7", "a:200,zsum(a,b):90", "a:2000,zsum(b,a):100,b:70"]
+FEW_OF_MANY = ["a:200,b:7", "zsum(a,b):150,a:7", "a:200,zsum(a,b):90", "a:2000,zsum(b,a):100,b:70", "rrf(a,b):40,b:7"]
 
 
 @pytest.mark.parametrize("text", FEW_OF_MANY)
@@ -232,7 +232,9 @@ def test_named_backends():
 
 
 @pytest.mark.parametrize("name", ISAS)
-@pytest.mark.parametrize("text", ["a:5", "a:50%,b:25%,a:5", "sum(a,b):50%,b:3", "zsum(a,b):50%,b:3", "zsum(b,a):5"])
+@pytest.mark.parametrize(
+    "text", ["a:5", "a:50%,b:25%,a:5", "sum(a,b):50%,b:3", "zsum(a,b):50%,b:3", "zsum(b,a):5", "rrf(b,a):9"]
+)
 @pytest.mark.parametrize("metric", ["ip", "l2", "cosine"])
 def test_what_is_prepared_follows_a_queue_in_place(name, text, metric):
     """Pushes of every size, wrap-around included, longer keys than before, a push larger than the queue."""

@@ -217,7 +217,9 @@ void mine(Bank& bank, std::span<const Stage> stages, std::span<const Matrix> que
   const auto weights = bounded ? Weights::find(bank, stages, queries, batch, control) : nullptr;
   const MineCall call{&bank, stages, queries, &exclude, &answer, weights.get()};
   const Stage& first = stages.front();
-  const bool fast = bounded && call.is_boundable(first) && bank.worth_packing(batch);
+  const bool by_rank =
+      first.fusion == Fusion::rrf && !first.over_bank && first.keep <= std::min(most_by_rank, bank.size() / 4);
+  const bool fast = bounded && (by_rank || call.is_boundable(first)) && bank.worth_packing(batch);
   const bool ranks_bank = std::any_of(stages.begin(), stages.end(),
                                       [&](const Stage& each) { return each.over_bank && call.is_boundable(each); });
   if (fast && exclude.query_video != nullptr) bank.videos();
@@ -229,8 +231,15 @@ void mine(Bank& bank, std::span<const Stage> stages, std::span<const Matrix> que
       exact_queries(call, stream_queries(call, packed, begin, end));
     });
   }
+  std::vector<StagePacks> packed;
+  const int64_t together = std::max<int64_t>(some_queries16, bank.kernels().least16);
+  if (fast && by_rank) {
+    for (const int32_t view : first.views) packed.push_back({&bank.packed16({&view, 1}, control)});
+    return share_queries(batch, together, control, [&](int64_t begin, int64_t end) {
+      exact_queries(call, rank_queries(call, packed, begin, end));
+    });
+  }
   if (fast) {
-    std::vector<StagePacks> packed;
     for (const Stage& stage : stages) {
       if (!call.is_boundable(stage) || packed.size() == max_rows16) break;
       if (!ranks_bank && !packed.empty() && !is_worth_all_keys(bank, stages, packed.size())) break;
@@ -241,7 +250,6 @@ void mine(Bank& bank, std::span<const Stage> stages, std::span<const Matrix> que
         for (const int32_t view : stage.views) packs.push_back(&bank.packed16({&view, 1}, control));
       }
     }
-    const int64_t together = std::max<int64_t>(some_queries16, bank.kernels().least16);
     return share_queries(batch, together, control,
                          [&](int64_t begin, int64_t end) { dense_queries(call, packed, begin, end); });
   }

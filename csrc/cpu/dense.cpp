@@ -84,27 +84,6 @@ class Dense {
   }
 
  private:
-  // Marks what is no candidate in a stage's scores of all keys; returns how many candidates are left.
-  int64_t mark(int64_t row, int16_t* score) {
-    for (int64_t lane = 0; lane < layout_.lanes; ++lane)  // lanes past the last key
-      for (int64_t block = std::max<int64_t>(0, layout_.keys - lane * layout_.blocks); block < layout_.blocks; ++block)
-        score[block * layout_.lanes + lane] = no_score;
-    int64_t left = layout_.keys;
-    const auto drop = [&](int64_t slot) {
-      score[layout_.position(slot)] = no_score;
-      --left;
-    };
-    const Exclusion& exclude = *call_.exclude;
-    if (exclude.mask != nullptr) {
-      const bool* mask = exclude.mask + row * layout_.keys;
-      for (int64_t slot = 0; slot < layout_.keys; ++slot)
-        if (mask[slot]) drop(slot);
-    } else if (exclude.query_video != nullptr) {
-      call_.bank->videos().each(exclude.query_video[row], drop);
-    }
-    return left;
-  }
-
   // One query's stages. Candidates are columns: first all positions, then lists, compacted in place.
   void cascade(int64_t row, int64_t query) {
     const Span span(Phase::select);
@@ -116,7 +95,7 @@ class Dense {
     std::copy(call_.stages.begin(), call_.stages.end(), stages_.begin());
     stages_.front().over_bank = false;             // all eligible keys are candidates then
     const size_t decided = rank_bank(row, query);  // no stage over the bank before it needs all similarities
-    int64_t alive = mark(row, column_[rows_.column(0)]);
+    int64_t alive = rows_.mark(row, column_[rows_.column(0)]);
     bool listed = false;
     size_t number = 0;
     for (; number < rows_.stages() && alive > (listed && number >= decided ? few : 0); ++number) {
@@ -161,7 +140,7 @@ class Dense {
       const double error = rows_.error(number, query);
       if (!(error < hopeless16)) break;
       int16_t* const score = column_[rows_.column(number)];
-      const int64_t eligible = mark(row, score), keep = std::min(stage.keep, eligible);
+      const int64_t eligible = rows_.mark(row, score), keep = std::min(stage.keep, eligible);
       BankRanking& ranking = bank_ranking_[number];
       ranking = {no_score + 1, no_score + 1, {}};
       decided = number + 1;

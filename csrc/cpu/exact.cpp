@@ -12,8 +12,6 @@
 namespace cascade::cpu {
 namespace {
 
-constexpr double rrf_offset = 60;  // Cormack, Clarke, Buettcher, SIGIR 2009
-
 template <class T>
 void widen_as(const Matrix& matrix, int64_t row, double* out) {
   const auto* from = static_cast<const T*>(matrix.data) + row * matrix.stride;

@@ -11,6 +11,8 @@
 
 namespace cascade::cpu {
 
+constexpr double rrf_offset = 60;  // Cormack, Clarke, Buettcher, SIGIR 2009
+
 // One query's similarities with the keys of one view, by the contract.
 class ExactView {
  public:

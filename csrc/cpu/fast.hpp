@@ -53,6 +53,11 @@ std::vector<int64_t> stream_queries(const MineCall& call, const Packed8& packed,
 // entry for each of the first stages that are boundable.
 void dense_queries(const MineCall& call, std::span<const StagePacks> packed, int64_t begin, int64_t end);
 
+// 16-bit scores of all keys bound their ranks: for a first stage by `rrf` that keeps few of many. `packed` has one
+// entry for each of its views. Rows that the bounds cannot help are returned, unanswered.
+std::vector<int64_t> rank_queries(const MineCall& call, std::span<const StagePacks> packed, int64_t begin, int64_t end);
+constexpr int64_t most_by_rank = 512;  // what such a stage may keep
+
 // The exact path for the given rows.
 void exact_queries(const MineCall& call, std::span<const int64_t> rows);
 

@@ -129,6 +129,26 @@ bool ScoreRows::score(int64_t first, int64_t count) {
   return true;
 }
 
+int64_t ScoreRows::mark(int64_t row, int16_t* score) const {
+  for (int64_t lane = 0; lane < layout_.lanes; ++lane)  // lanes past the last key
+    for (int64_t block = std::max<int64_t>(0, layout_.keys - lane * layout_.blocks); block < layout_.blocks; ++block)
+      score[block * layout_.lanes + lane] = no_score;
+  int64_t left = layout_.keys;
+  const auto drop = [&](int64_t slot) {
+    score[layout_.position(slot)] = no_score;
+    --left;
+  };
+  const Exclusion& exclude = *call_.exclude;
+  if (exclude.mask != nullptr) {
+    const bool* mask = exclude.mask + row * layout_.keys;
+    for (int64_t slot = 0; slot < layout_.keys; ++slot)
+      if (mask[slot]) drop(slot);
+  } else if (exclude.query_video != nullptr) {
+    call_.bank->videos().each(exclude.query_video[row], drop);
+  }
+  return left;
+}
+
 // The rows of `min` and `max` stages. All views' scores are brought to the unit in which the largest possible fits.
 void ScoreRows::fuse(int64_t first, int64_t count) {
   for (size_t number = 0; number < sources_.size(); ++number) {

@@ -36,6 +36,9 @@ class ScoreRows {
   // Scores the queries [first, first + count); false where the call is to stop.
   bool score(int64_t first, int64_t count);
 
+  // Marks what is no candidate for a query in scores of all keys; returns how many candidates are left.
+  int64_t mark(int64_t row, int16_t* score) const;
+
   // Of the query first + `query`: its scores [positions], and by how much a stage's may be off.
   int16_t* row(size_t column, int64_t query) { return memory_.rows[column].data() + query * padded_; }
   double error(size_t stage, int64_t query) const { return memory_.errors[column_[stage]][query]; }
