@@ -169,6 +169,12 @@ class Bank:
         """The keys' video ids (K,) int64 as a NumPy array, or None."""
         return None if self.video_id is None else to_host(self.video_id, "video_id")
 
+    def guarded(self, guard: Callable[[], None]) -> Bank:
+        """The same bank, nothing checked anew, whose `ensure_fresh` calls `guard`."""
+        other = object.__new__(Bank)
+        other.__dict__.update(self.__dict__, _guard=guard)
+        return other
+
     def ensure_fresh(self) -> None:
         """Raise StaleBank where this bank is a queue's snapshot and the queue has overwritten it since."""
         if self._guard is not None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from cascade_engine.bank import Bank
 from cascade_engine.errors import InvalidInput
 from cascade_engine.mining import Positives, mine
-from cascade_engine.nce import SIBLINGS, nce
+from cascade_engine.nce import SIBLINGS, nce, nce_now
 from cascade_engine.plan import CascadePlan
 from cascade_engine.tensor import dtype_name, is_torch, like
 from cascade_engine.tracing import phase
@@ -74,13 +74,18 @@ def multi_positive_nce(
             raise InvalidInput(f"reduction: expected one of {', '.join(get_args(Reduction))}, got {reduction!r}")
         if siblings not in get_args(Siblings):
             raise InvalidInput(f"siblings: expected one of {', '.join(get_args(Siblings))}, got {siblings!r}")
-        known = _known(query, key, bank, positives, view, query_video_id)
+        compiling = torch.compiler.is_compiling()
+        know = torch.compiler.disable(_known) if compiling else _known  # type: ignore[no-untyped-call]
+        known = know(query, key, bank, positives, view, query_video_id)
         drop = _dropped(self_positive, query, generator)
         wide = torch.promote_types(query.dtype, torch.float32)
         scored, own = query.to(wide), key.to(wide)
         kind, may_stay, mean_log = SIBLINGS.index(siblings), self_positive != "never", reduction == "mean_log"
         wanted = (torch.is_grad_enabled() and each.requires_grad for each in (scored, own))
-        loss: Tensor = nce(scored, own, *known, kind, drop, temperature, may_stay, mean_log, *wanted)[0]
+        arguments = (scored, own, *known, kind, drop, temperature, may_stay, mean_log, *wanted)
+        if not compiling:
+            return nce_now(bank.ensure_fresh, *arguments)
+        loss: Tensor = nce(*arguments)[0]
         _watch(loss, bank)
         return loss
 
@@ -103,7 +108,6 @@ class _Known(NamedTuple):
     key_video: Tensor
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _known(
     query: Tensor,
     key: Tensor,
@@ -118,8 +122,8 @@ def _known(
     index = _on(positives.index, query, "positives.index", torch.int64)
     if index.ndim != 2 or len(index) != len(query):
         raise InvalidInput(f"positives.index: expected ({len(query)}, k) int64, got {tuple(index.shape)}")
-    if index.device.type == "cpu" and index.numel() and int(index.max()) >= bank.size:
-        raise InvalidInput(f"positives.index: expected slots under {bank.size}, got {int(index.max())}")
+    if index.device.type == "cpu" and index.numel() and (largest := int(index.numpy().max())) >= bank.size:
+        raise InvalidInput(f"positives.index: expected slots under {bank.size}, got {largest}")
     query_video = key_video = index.new_zeros(0)
     if query_video_id is not None:
         if bank.video_id is None:
@@ -139,16 +143,19 @@ def _keys(query: Tensor, key: Tensor, bank: Bank, view: str | None) -> Tensor:
         raise InvalidInput(f"view: expected one of {', '.join(bank.views)}, got {repr(view) if view else 'none'}")
     width = bank.keys[view].shape[1]
     for name, value in (("query", query), ("key", key)):
-        got = f"{tuple(value.shape)} {dtype_name(value)} on {value.device}"
         if value.ndim != 2 or value.shape[1] != width or not value.is_floating_point():
-            raise InvalidInput(f"{name}: expected (B, {width}) of a floating type, got {got}")
+            raise InvalidInput(f"{name}: expected (B, {width}) of a floating type, got {_described(value)}")
         if value.shape != query.shape or str(value.device) != bank.device:
-            raise InvalidInput(f"{name}: expected {tuple(query.shape)} on {bank.device}, got {got}")
+            raise InvalidInput(f"{name}: expected {tuple(query.shape)} on {bank.device}, got {_described(value)}")
     keys = bank.keys[view]
     # `.data` does not share the version counter: a push that fills an empty slot must not stop a backward pass, and
     # one that overwrites a key of the snapshot is caught by the bank's own guard.
     found: Tensor = keys.data if is_torch(keys) else like(keys, query)
     return found
+
+
+def _described(value: Tensor) -> str:
+    return f"{tuple(value.shape)} {dtype_name(value)} on {value.device}"
 
 
 def _on(value: Any, query: Tensor, name: str, dtype: torch.dtype) -> Tensor:

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from cascade_engine.kernels import cpu, cuda
 from cascade_engine.tensor import to_host
@@ -50,14 +51,17 @@ def nce(
     0 where every P is empty. A gradient that is not asked for is empty.
     """
     arguments = (query, own, keys, mined, query_video, key_video, siblings, drop)
-    options = (temperature, own_positive, mean_log, for_query, for_own)
+    return _run(*arguments, temperature, own_positive, mean_log, for_query, for_own)
+
+
+def _run(query: Tensor, own: Tensor, keys: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     stored = query.dtype == torch.float32 and keys.dtype != torch.float64
     if stored and query.device.type == "cpu" and cpu.unavailable() is None:
-        return _on_cpu(*arguments, *options)
+        return _on_cpu(query, own, keys, *rest)
     if stored and query.device.type == "cuda" and cuda.unavailable() is None:
-        return mean_of(cuda.engine().contrast, *arguments, *options)
+        return mean_of(cuda.engine().contrast, query, own, keys, *rest)
     with torch.autocast(query.device.type, enabled=False):  # the products are of the query's own type
-        return mean_of(_by_query, *arguments, *options)
+        return mean_of(_by_query, query, own, keys, *rest)
 
 
 @nce.register_fake
@@ -66,6 +70,33 @@ def _(query: Tensor, own: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
         return torch.empty_like(by, memory_format=torch.contiguous_format) if wanted else by.new_empty(0)
 
     return query.new_empty(()), gradient(query, rest[-2]), gradient(own, rest[-1])
+
+
+def nce_now(fresh: Callable[[], None], *arguments: Any) -> Tensor:
+    """The operator's loss without the way through torch's dispatcher, for code that is not being compiled.
+
+    Args:
+        fresh: called before a backward pass, to raise where the keys have changed.
+        arguments: the operator's.
+    """
+    loss: Tensor = _Now.apply(fresh, *arguments)
+    return loss
+
+
+class _Now(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, fresh: Callable[[], None], *arguments: Any) -> Tensor:
+        output = _run(*arguments)
+        ctx.fresh = fresh
+        ctx.save_for_backward(*output[1:])
+        return output[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.fresh()
+        needed = zip(ctx.needs_input_grad[1:3], ctx.saved_tensors, strict=True)
+        return (None, *(grad * to if need else None for need, to in needed), *[None] * 11)
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -75,6 +75,7 @@ class KeyQueue:
         self._device = device
         self._storage: dict[str, Any] = {}
         self._prepared = Prepared()  # of the full ring, shared by its snapshots and changed in place by a push
+        self._full: Bank | None = None  # the full ring, once shown: later snapshots differ in their guards alone
 
     def push(
         self,
@@ -118,12 +119,15 @@ class KeyQueue:
     ) -> list[object]:
         """Convert a batch, then write it, piece by piece."""
         units = {view: unit_rows(value) if self.normalise else value for view, value in keys.items()}
-        missing = np.full(rows, -1, np.int64)
-        given = {name: missing if value is None else value for name, value in columns.items()}
-        batch = {name: _assignable(value, storage[name], name) for name, value in (*units.items(), *given.items())}
+        given = {name: -1 if value is None else value for name, value in columns.items()}
+        targets = {name: _host_of(values) for name, values in storage.items()}
+        batch = {name: _assignable(value, targets[name], name) for name, value in (*units.items(), *given.items())}
         for slots, taken in self._pieces(rows):
             for name, values in batch.items():
-                storage[name][slots] = values[taken]
+                targets[name][slots] = values if isinstance(values, int) else values[taken]
+        for values in storage.values():
+            if is_torch(values) and not values.is_inference():
+                _tell_autograd(values)
         return []
 
     def _launch(
@@ -172,8 +176,11 @@ class KeyQueue:
             if shows and self._overwritten_at > seen:
                 raise StaleBank("bank: the queue has overwritten keys of this snapshot; take queue.bank() again")
 
-        shown = {name: values[: self.filled] for name, values in storage.items()}
-        return Bank(
+        if self._full is not None:
+            return self._full.guarded(guard)
+        shown = {name: values[:shows] for name, values in storage.items()}
+        full = shows == self.size
+        bank = Bank(
             {view: shown[view] for view in self.dims},
             shown["video_id"],
             clip_id=shown["clip_id"],
@@ -181,8 +188,11 @@ class KeyQueue:
             metric=self.metric,
             checked=True,
             guard=guard,
-            prepared=self._prepared if self.filled == self.size else None,
+            prepared=self._prepared if full else None,
         )
+        if full:
+            self._full = bank
+        return bank
 
     def state_dict(self) -> dict[str, Any]:
         """Everything `load_state_dict` needs, keys included, as copies."""
@@ -219,7 +229,7 @@ class KeyQueue:
                 values[:] = _assignable(saved[name], values, name)
             self._storage = storage
         self.filled, self.cursor = state["filled"], state["cursor"]
-        self._prepared = Prepared()
+        self._prepared, self._full = Prepared(), None
         self.pushed = max(self.pushed, state["pushed"]) + 1
         self._overwritten_at = self.pushed
 
@@ -298,11 +308,25 @@ def _column(value: object, name: str, rows: int) -> Any:
     return id_vector(value, name, rows)
 
 
+def _host_of(values: Any) -> Any:
+    """A CPU tensor as a NumPy array that shares its memory, which is written to in a fraction of the time."""
+    return to_host(values, "storage") if device_of(values) == "cpu" else values
+
+
+def _tell_autograd(values: Any) -> None:
+    """Let a backward pass that saved this tensor know that it was changed."""
+    import torch
+
+    torch.autograd.graph.increment_version(values)
+
+
 def _assignable(value: Any, target: Any, name: str) -> Any:
     """`value` in the framework and type of `target`, refused where a feature is too large for that type."""
+    if isinstance(value, int):
+        return value
     if not is_torch(target):
         with np.errstate(over="ignore"):
-            host = to_host(value, name).astype(target.dtype, copy=False)
+            host = to_host(value.cpu() if is_torch(value) else value, name).astype(target.dtype, copy=False)
         if host.ndim == 2 and dtype_name(host) != dtype_name(value):
             require_finite(host, f'keys["{name}"] as {dtype_name(target)}')
         return host

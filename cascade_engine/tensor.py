@@ -82,7 +82,7 @@ def like(result: Host, template: object) -> Any:
         tensor = torch.from_numpy(result.view(np.int16)).view(torch.bfloat16)
     else:
         tensor = torch.from_numpy(result)
-    return tensor.to(template.device)
+    return tensor if template.device.type == "cpu" else tensor.to(template.device)
 
 
 def feature_matrix(value: object, name: str, *, columns: int | None = None) -> Host:

@@ -117,11 +117,11 @@ def phases(native: ModuleType) -> list[str]:
 
 
 def loss_operator(native: ModuleType, **limits: int) -> Callable[..., tuple[torch.Tensor, ...]]:
-    """`cascade_engine.nce.nce` by the emulated kernel, for `cascade_engine.loss`."""
+    """`cascade_engine.nce.nce_now` by the emulated kernel, for `cascade_engine.loss`."""
 
     class Operator(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, *arguments):
+        def forward(ctx, _fresh, *arguments):
             out = mean_of(Engine(native, **limits).contrast, *arguments)
             ctx.save_for_backward(*out[1:])
             ctx.mark_non_differentiable(*out[1:])
@@ -129,9 +129,9 @@ def loss_operator(native: ModuleType, **limits: int) -> Callable[..., tuple[torc
 
         @staticmethod
         def backward(ctx, grad, *_):
-            needed = zip(ctx.needs_input_grad[:2], ctx.saved_tensors, strict=True)
+            needed = zip(ctx.needs_input_grad[1:3], ctx.saved_tensors, strict=True)
             gradients = (grad * each if need else None for need, each in needed)
-            return (*gradients, *[None] * 11)
+            return (None, *gradients, *[None] * 11)
 
     return Operator.apply
 

@@ -23,7 +23,7 @@ def native():
 def on_emulation(native, monkeypatch):
     """Let `multi_positive_nce` run the emulated kernel in the operator's place."""
 
-    monkeypatch.setattr(losses, "nce", emulated.loss_operator(native))
+    monkeypatch.setattr(losses, "nce_now", emulated.loss_operator(native))
 
 
 # B, K, D, positives: several tiles of queries and of keys, rests in each, more columns than a block has threads
@@ -33,7 +33,7 @@ SHAPES = [(5, 40, 8, 3), (3, 1, 2, 2), (4, 0, 6, 2), (0, 7, 4, 2), (18, 300, 33,
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize(("schedule", "blocks"), [(0, 1), (1, 2), (7, 528)])
 def test_emulated_loss_and_gradients_equal_the_definition(native, monkeypatch, shape, schedule, blocks):
-    monkeypatch.setattr(losses, "nce", emulated.loss_operator(native, blocks=blocks))
+    monkeypatch.setattr(losses, "nce_now", emulated.loss_operator(native, blocks=blocks))
     emulated.schedule(native, schedule)
     options = list(itertools.product(REDUCTIONS, SIBLINGS, ("always", "never", 0.6)))
     for reduction, siblings, self_positive in options[schedule % 4 :: 4] if shape[1] > 64 else options:

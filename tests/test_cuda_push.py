@@ -123,7 +123,7 @@ def test_emulated_push_rounds_every_float_as_torch_does(native):
 
 def test_emulated_training_step_takes_four_launches(native, monkeypatch):
     """Mining by the published cascade of two views, the loss with its gradients, and the push."""
-    monkeypatch.setattr(losses, "nce", emulated.loss_operator(native))
+    monkeypatch.setattr(losses, "nce_now", emulated.loss_operator(native))
     emulated.schedule(native, 4)
     generator = torch.Generator().manual_seed(0)
 

@@ -141,10 +141,14 @@ ISAS = [name for name, runs in _cpu.isas() if runs] if _cpu is not None else []
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(5, 700, 64, 3), (40, 2100, 100, 3), (33, 1, 1, 1), (3, 0, 6, 2), (0, 9, 6, 2)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(5, 700, 64, 3), (40, 2100, 100, 3), (33, 1, 1, 1), (3, 0, 6, 2), (0, 9, 6, 2)], ids=str
+)
 @pytest.mark.parametrize("siblings", ["ignore", "positive"])
 @pytest.mark.parametrize("isa", ISAS)
-def test_every_instruction_set_is_as_right_as_plain_torch_and_blind_to_threads(isa, siblings, shape, dtype, monkeypatch):
+def test_every_instruction_set_is_as_right_as_plain_torch_whatever_the_threads(
+    isa, siblings, shape, dtype, monkeypatch
+):
     monkeypatch.setenv("CASCADE_ISA", isa)
     query, key, keys, index, own, other = problem(*shape)
     query, key, keys = query.float(), key.float(), keys.to(dtype)

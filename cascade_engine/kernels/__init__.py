@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -128,6 +129,7 @@ def backend(name: str | None = None, *, device: str = "cpu") -> Backend:
     return found
 
 
+@cache
 def load(name: str) -> Backend:
     """The backend's module, whether or not it can run here."""
     if name not in PREFERENCE:

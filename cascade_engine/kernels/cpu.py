@@ -126,7 +126,11 @@ def _extension() -> Any:
 
 def _chosen_isa() -> str:
     """The instruction set that ``CASCADE_ISA`` forces, or the best of this machine."""
-    wanted = os.environ.get("CASCADE_ISA", "")
+    return _isa(os.environ.get("CASCADE_ISA", ""))
+
+
+@cache
+def _isa(wanted: str) -> str:
     try:
         return str(_extension().chosen_isa(wanted))
     except (ValueError, RuntimeError) as error:

@@ -75,7 +75,7 @@ class Packed16 {
     for (double* value : {&scale_, &longest_, &residual_}) use(*value);
     for (double& value : stored_) use(value);
   }
-  double pack(int64_t row, double* y);
+  double pack(int64_t row, const double* y);
   void place_key(int64_t position, const int16_t* integers);
   void place_query(const int16_t* integers, int32_t* words, int64_t place, int64_t count) const;
   int64_t padded_dims() const { return (2 * steps_ + matrix_dims - 1) / matrix_dims * matrix_dims; }

@@ -56,16 +56,17 @@ Packed16::Packed16(std::span<const Matrix> bank, Metric metric, std::vector<int3
   const auto clear = [&](int64_t begin, int64_t end) {
     std::fill(words_.data() + begin * steps_ * lanes16, words_.data() + end * steps_ * lanes16, 0);
   };
-  residual_ = pack_rows(layout_, embedding_.dims(), control, shelf, clear,
-                        [this](int64_t row, double* y) { return pack(row, y); });
+  residual_ = pack_rows(layout_, embedding_.dims(), control, shelf, clear, [this](int64_t row, double* y) {
+    embedding_.key(row, y);
+    return pack(row, y);
+  });
   finish(file_.get(), each, shelf, control);
 }
 
-// Writes one row; returns the norm of what its integers lose.
-double Packed16::pack(int64_t row, double* y) {
+// Writes one row, y; returns the norm of what its integers lose.
+double Packed16::pack(int64_t row, const double* y) {
   thread_local std::vector<int16_t> integers;
   integers.assign(2 * steps_, 0);
-  embedding_.key(row, y);
   const double lost = quantise(y, embedding_.dims(), scale_, largest16, integers.data());
   place_key(layout_.position(row), integers.data());
   return lost;
