@@ -14,7 +14,7 @@ of C++ on a CPU, and on a GPU one launch of a fused kernel where the CUDA backen
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,16 +45,17 @@ def nce(
     mean_log: bool,
     for_query: bool,
     for_own: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean loss (), of the queries' type, over the queries whose P has a member, and its gradients by `query`, `own`.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Mean loss (), of the queries' type, over the queries whose P has a member, their number (), and gradients.
 
-    0 where every P is empty. A gradient that is not asked for is empty.
+    0 where every P is empty. The gradients by `query` and `own` are of each query's own loss, so that their bits do not
+    depend on the rest of the batch; one that is not asked for is empty.
     """
     arguments = (query, own, keys, mined, query_video, key_video, siblings, drop)
     return _run(*arguments, temperature, own_positive, mean_log, for_query, for_own)
 
 
-def _run(query: Tensor, own: Tensor, keys: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _run(query: Tensor, own: Tensor, keys: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     stored = query.dtype == torch.float32 and keys.dtype != torch.float64
     if stored and query.device.type == "cpu" and cpu.unavailable() is None:
         return _on_cpu(query, own, keys, *rest)
@@ -65,11 +66,12 @@ def _run(query: Tensor, own: Tensor, keys: Tensor, *rest: Any) -> tuple[Tensor, 
 
 
 @nce.register_fake
-def _(query: Tensor, own: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _(query: Tensor, own: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     def gradient(by: Tensor, wanted: bool) -> Tensor:
         return torch.empty_like(by, memory_format=torch.contiguous_format) if wanted else by.new_empty(0)
 
-    return query.new_empty(()), gradient(query, rest[-2]), gradient(own, rest[-1])
+    count = query.new_empty((), dtype=torch.float64)
+    return query.new_empty(()), count, gradient(query, rest[-2]), gradient(own, rest[-1])
 
 
 def nce_now(fresh: Callable[[], None], *arguments: Any) -> Tensor:
@@ -95,8 +97,7 @@ class _Now(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         ctx.fresh()
-        needed = zip(ctx.needs_input_grad[1:3], ctx.saved_tensors, strict=True)
-        return (None, *(grad * to if need else None for need, to in needed), *[None] * 11)
+        return (None, *_gradients(grad, ctx.needs_input_grad[1:3], *ctx.saved_tensors), *[None] * 11)
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -109,7 +110,12 @@ def _differentiate(ctx: Any, grad: Tensor, *_unused: Tensor) -> tuple[Tensor | N
     needed = ctx.needs_input_grad[:2]
     if any(need and not asked for need, asked in zip(needed, ctx.asked_for, strict=True)):
         raise RuntimeError("nce: asked for gradients of a call without `for_query` or `for_own`")
-    return (*(grad * to if need else None for need, to in zip(needed, ctx.saved_tensors, strict=True)), *[None] * 11)
+    return (*_gradients(grad, needed, *ctx.saved_tensors), *[None] * 11)
+
+
+def _gradients(grad: Tensor, needed: Sequence[bool], count: Tensor, *to: Tensor) -> Iterator[Tensor | None]:
+    each = (grad / count.clamp(min=1)).to(grad.dtype)
+    return (each * gradient if need else None for need, gradient in zip(needed, to, strict=True))
 
 
 nce.register_autograd(_differentiate, setup_context=_remember)
@@ -129,10 +135,10 @@ def _on_cpu(
     mean_log: bool,
     for_query: bool,
     for_own: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The operator in C++."""
     known = len(query_video) > 0
-    loss, to_query, to_own = cpu.contrast(
+    loss, count, to_query, to_own = cpu.contrast(
         query.detach().contiguous().numpy(),
         own.detach().contiguous().numpy(),
         to_host(keys, "keys"),
@@ -149,6 +155,7 @@ def _on_cpu(
     )
     return (
         query.new_full((), loss),
+        query.new_full((), count, dtype=torch.float64),
         torch.from_numpy(to_query) if for_query else query.new_empty(0),
         torch.from_numpy(to_own) if for_own else query.new_empty(0),
     )
@@ -169,7 +176,7 @@ def mean_of(
     mean_log: bool,
     for_query: bool,
     for_own: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The operator by a `contrast` that gives losses (B,), gradients by query and by own score, and whose P counts.
 
     Waits for no GPU.
@@ -188,11 +195,11 @@ def mean_of(
         mean_log=mean_log,
         differentiate=for_query or for_own,
     )
-    count = counted.sum().clamp(min=1).double()
-    to_score = to_score[:, None] / (count * temperature)
+    count, to_score = counted.sum().double(), to_score[:, None] / temperature
     return (
-        (each.sum() / count).to(query.dtype),
-        to_query.div_(count).addcmul_(to_score, own) if for_query else query.new_empty(0),
+        (each.sum() / count.clamp(min=1)).to(query.dtype),
+        count,
+        to_query.addcmul_(to_score, own) if for_query else query.new_empty(0),
         to_score * query if for_own else query.new_empty(0),
     )
 

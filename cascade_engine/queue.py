@@ -325,8 +325,11 @@ def _assignable(value: Any, target: Any, name: str) -> Any:
     if isinstance(value, int):
         return value
     if not is_torch(target):
+        host = to_host(value.cpu() if is_torch(value) else value, name)
+        if host.dtype == target.dtype:
+            return host
         with np.errstate(over="ignore"):
-            host = to_host(value.cpu() if is_torch(value) else value, name).astype(target.dtype, copy=False)
+            host = host.astype(target.dtype)
         if host.ndim == 2 and dtype_name(host) != dtype_name(value):
             require_finite(host, f'keys["{name}"] as {dtype_name(target)}')
         return host

@@ -116,7 +116,7 @@ def phases(native: ModuleType) -> list[str]:
     return library.emulation_phases().decode().split()
 
 
-def loss_operator(native: ModuleType, **limits: int) -> Callable[..., tuple[torch.Tensor, ...]]:
+def loss_operator(native: ModuleType, **limits: int) -> Callable[..., torch.Tensor]:
     """`cascade_engine.nce.nce_now` by the emulated kernel, for `cascade_engine.loss`."""
 
     class Operator(torch.autograd.Function):
@@ -124,13 +124,14 @@ def loss_operator(native: ModuleType, **limits: int) -> Callable[..., tuple[torc
         def forward(ctx, _fresh, *arguments):
             out = mean_of(Engine(native, **limits).contrast, *arguments)
             ctx.save_for_backward(*out[1:])
-            ctx.mark_non_differentiable(*out[1:])
-            return out
+            return out[0]
 
         @staticmethod
-        def backward(ctx, grad, *_):
-            needed = zip(ctx.needs_input_grad[1:3], ctx.saved_tensors, strict=True)
-            gradients = (grad * each if need else None for need, each in needed)
+        def backward(ctx, grad):
+            count, *to = ctx.saved_tensors
+            each = grad / count.float().clamp(min=1)
+            needed = zip(ctx.needs_input_grad[1:3], to, strict=True)
+            gradients = (each * gradient if need else None for need, gradient in needed)
             return (None, *gradients, *[None] * 11)
 
     return Operator.apply

@@ -215,3 +215,13 @@ def test_normalised_keys_have_the_length_that_the_contract_sums(framework, dtype
     for got, row in zip(np.asarray(queue.bank().keys["rgb"]), x.astype(np.float64), strict=True):
         length = math.sqrt(oracle.dot(row.tolist(), row.tolist())) or 1.0
         assert got.tolist() == [float(np.float32(value / length)) for value in row]
+
+
+def test_a_push_tells_autograd_that_the_keys_changed():
+    queue = ce.KeyQueue(4, {"x": 3}, device="cpu")
+    queue.push({"x": torch.eye(4, 3)}, np.arange(4))
+    query = torch.ones(2, 3, requires_grad=True)
+    scores = (query @ queue.bank().keys["x"].T).sum()
+    queue.push({"x": torch.ones(1, 3)}, np.arange(1))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        scores.backward()

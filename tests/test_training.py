@@ -389,6 +389,7 @@ def together(tmp_path, config, *, die=0, count=24):
         subprocess.Popen(
             [sys.executable, "-c", TOGETHER.format(**values)],
             env={**shared, "RANK": str(rank)},
+            cwd=tmp_path,  # elsewhere the sources could be found before what is installed
             stderr=subprocess.PIPE,
             text=True,
         )

@@ -96,9 +96,9 @@ def contrast(
     mean_log: bool,
     for_query: bool,
     for_own: bool,
-) -> tuple[float, Host, Host]:
+) -> tuple[float, float, Host, Host]:
     """The operator of `cascade_engine.nce`; a gradient that is not wanted has no rows."""
-    found: tuple[float, Host, Host] = _extension().contrast(
+    found: tuple[float, float, Host, Host] = _extension().contrast(
         query,
         own,
         _array(keys),

@@ -106,9 +106,10 @@ class Contrast {
     weights_.resize(call_.batch);
     for (int64_t query = 0; query < call_.batch; ++query) counted += solve(query, total) ? 1 : 0;
     answer_.loss = counted > 0 ? total / counted : 0;
+    answer_.counted = counted;
     if (!differentiates_) return;
     const auto slices = static_cast<int>((call_.batch + slice - 1) / slice);
-    run_parts(slices, control, [&](int part, int) { differentiate(part * slice, 1 / std::max(1.0, counted)); });
+    run_parts(slices, control, [&](int part, int) { differentiate(part * slice); });
   }
 
  private:
@@ -130,7 +131,7 @@ class Contrast {
         lane[d * lanes32] = each;
         sum += static_cast<double>(each) * static_cast<double>(call_.own[query * dim_ + d]);
       }
-      own_[query] = sum / call_.temperature;
+      own_[query] = static_cast<double>(static_cast<float>(sum / call_.temperature));  // as the keys' scores are
     }
   }
 
@@ -240,7 +241,7 @@ class Contrast {
   }
 
   // The gradients of a slice of queries: the sums over all chunks, in their order, the members of P and the own key.
-  void differentiate(int64_t begin, double mean) {
+  void differentiate(int64_t begin) {
     const int64_t end = std::min(call_.batch, begin + slice), group = begin / lanes32, lane = begin % lanes32;
     std::vector<Slice> rest(answer_.to_query != nullptr ? dim_ : 0, Slice{});
     std::vector<float> inside(dim_);
@@ -252,7 +253,7 @@ class Contrast {
         from += lanes32;
       }
     }
-    const double scale = mean / call_.temperature;
+    const double scale = 1 / call_.temperature;
     for (int64_t query = begin; query < end; ++query) {
       const Weights& weights = weights_[query];
       const float *const self = call_.query + query * dim_, *const own = call_.own + query * dim_;

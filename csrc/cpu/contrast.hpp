@@ -31,7 +31,8 @@ struct ContrastCall {
 
 struct ContrastAnswer {
   double loss;      // the mean over the queries whose P is not empty, 0 where all are
-  float* to_query;  // [B, D], the gradients of the mean; null where they are not wanted
+  double counted;   // how many they are
+  float* to_query;  // [B, D], the gradients of each query's own loss; null where they are not wanted
   float* to_own;    // [B, D]
 };
 

@@ -234,11 +234,11 @@ py::tuple contrast(const py::object& query, const py::object& own, const std::pa
   call.own_positive = own_positive;
   call.mean_log = mean_log;
   py::array_t<float> to_query({for_query ? call.batch : 0, dim}), to_own({for_own ? call.batch : 0, dim});
-  cpu::ContrastAnswer answer{0, for_query ? to_query.mutable_data() : nullptr,
+  cpu::ContrastAnswer answer{0, 0, for_query ? to_query.mutable_data() : nullptr,
                              for_own ? to_own.mutable_data() : nullptr};
   const cpu::Kernels& kernels = cpu::choose(isa);
   run(threads, [&](const cpu::Control& control) { cpu::contrast(kernels, call, control, answer); });
-  return py::make_tuple(answer.loss, to_query, to_own);
+  return py::make_tuple(answer.loss, answer.counted, to_query, to_own);
 }
 
 py::list list_isas() {
