@@ -55,20 +55,13 @@ inline void dot_rows_float(const float* query, const T* const (&key)[rows], int6
 
 template <class T>
 void dots_float_of(const float* query, const Matrix& keys, const int64_t* rows, int64_t count, float* out) {
-  constexpr int together = 4;
   constexpr int64_t ahead = 8;
   const auto row = [&](int64_t i) { return static_cast<const T*>(keys.data) + rows[i] * keys.stride; };
-  int64_t i = 0;
-  prefetch<T>(keys, rows, together, ahead, count);
-  for (; i + together <= count; i += together) {
-    prefetch<T>(keys, rows, i + ahead, i + ahead + together, count);
-    const T* const key[together] = {row(i), row(i + 1), row(i + 2), row(i + 3)};
+  prefetch<T>(keys, rows, 4, ahead, count);
+  generic::by_fours<T>(count, row, [&](const auto& key, int64_t i) {
+    prefetch<T>(keys, rows, i + ahead, i + ahead + 4, count);
     dot_rows_float(query, key, keys.columns, out + i);
-  }
-  for (; i < count; ++i) {
-    const T* const key[1] = {row(i)};
-    dot_rows_float(query, key, keys.columns, out + i);
-  }
+  });
 }
 
 inline void dots_float(const float* query, const Matrix& keys, const int64_t* rows, int64_t count, float* out) {

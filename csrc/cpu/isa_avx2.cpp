@@ -53,20 +53,13 @@ inline void dot_rows(const double* query, const T* const (&key)[rows], int64_t d
 
 template <class T>
 void dots_of(const double* query, const Matrix& keys, const int64_t* rows, int64_t first, int64_t count, double* out) {
-  constexpr int together = 4;
   constexpr int64_t ahead = 8;
   const auto* data = static_cast<const T*>(keys.data);
   const auto row = [&](int64_t i) { return data + (rows != nullptr ? rows[i] : first + i) * keys.stride; };
-  int64_t i = 0;
-  for (; i + together <= count; i += together) {
-    if (rows != nullptr) avx2::prefetch<T>(keys, rows, i + ahead, i + ahead + together, count);
-    const T* const key[together] = {row(i), row(i + 1), row(i + 2), row(i + 3)};
+  generic::by_fours<T>(count, row, [&](const auto& key, int64_t i) {
+    if (rows != nullptr) avx2::prefetch<T>(keys, rows, i + ahead, i + ahead + 4, count);
     dot_rows(query, key, keys.columns, out + i);
-  }
-  for (; i < count; ++i) {
-    const T* const key[1] = {row(i)};
-    dot_rows(query, key, keys.columns, out + i);
-  }
+  });
 }
 
 void dots(const double* query, const Matrix& keys, const int64_t* rows, int64_t first, int64_t count, double* out) {

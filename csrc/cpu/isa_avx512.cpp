@@ -2,6 +2,8 @@
 // BF16 products are not used: vdpbf16ps runs no faster than vpdpwssd and its rounding error is ten times larger.
 #include <immintrin.h>
 
+#include <algorithm>
+
 #include "cpu/contrast_tile.hpp"
 #include "cpu/isa_generic.hpp"
 
@@ -50,31 +52,75 @@ inline void dot_rows(const double* query, const T* const (&key)[rows], int64_t d
   for (int row = 0; row < rows; ++row) out[row] = tree(sum[row]);
 }
 
+constexpr int64_t rows_ahead = 8;  // chosen rows are scattered: they are asked for early
+
+template <class T>
+inline void fetch_rows(const Matrix& keys, const int64_t* rows, int64_t first, int64_t end) {
+  for (int64_t i = first; i < end; ++i)
+    for (int64_t d = 0; d < keys.columns; d += 64 / static_cast<int64_t>(sizeof(T)))
+      _mm_prefetch(reinterpret_cast<const char*>(static_cast<const T*>(keys.data) + rows[i] * keys.stride + d),
+                   _MM_HINT_T0);
+}
+
+// Calls `dot` as `by_fours` does, for chosen rows or those from `first` on.
+template <class T, class Dot>
+inline void each_row(const Matrix& keys, const int64_t* rows, int64_t first, int64_t count, const Dot& dot) {
+  const auto* data = static_cast<const T*>(keys.data);
+  if (rows == nullptr)
+    return generic::by_fours<T>(count, [&](int64_t i) { return data + (first + i) * keys.stride; }, dot);
+  fetch_rows<T>(keys, rows, 0, std::min(rows_ahead, count));
+  generic::by_fours<T>(
+      count, [&](int64_t i) { return data + rows[i] * keys.stride; },
+      [&](const auto& key, int64_t i) {
+        fetch_rows<T>(keys, rows, std::min(count, i + rows_ahead), std::min(count, i + rows_ahead + 4));
+        dot(key, i);
+      });
+}
+
 template <class T>
 void dots_of(const double* query, const Matrix& keys, const int64_t* rows, int64_t first, int64_t count, double* out) {
-  constexpr int together = 4;   // independent sums hide the latency of one
-  constexpr int64_t ahead = 8;  // chosen rows are scattered: ask for them early
-  const auto* data = static_cast<const T*>(keys.data);
-  const auto row = [&](int64_t i) { return data + (rows != nullptr ? rows[i] : first + i) * keys.stride; };
-  int64_t i = 0;
-  for (; i + together <= count; i += together) {
-    if (rows != nullptr)
-      for (int64_t next = i + ahead; next < i + ahead + together && next < count; ++next)
-        for (int64_t d = 0; d < keys.columns; d += 64 / static_cast<int64_t>(sizeof(T)))
-          _mm_prefetch(reinterpret_cast<const char*>(row(next) + d), _MM_HINT_T0);
-    const T* const key[together] = {row(i), row(i + 1), row(i + 2), row(i + 3)};
-    dot_rows(query, key, keys.columns, out + i);
-  }
-  for (; i < count; ++i) {
-    const T* const key[1] = {row(i)};
-    dot_rows(query, key, keys.columns, out + i);
-  }
+  each_row<T>(keys, rows, first, count,
+              [&](const auto& key, int64_t i) { dot_rows(query, key, keys.columns, out + i); });
 }
 
 void dots(const double* query, const Matrix& keys, const int64_t* rows, int64_t first, int64_t count, double* out) {
   if (keys.dtype == DType::float32) dots_of<float>(query, keys, rows, first, count, out);
   if (keys.dtype == DType::float16) dots_of<Float16>(query, keys, rows, first, count, out);
   if (keys.dtype == DType::bfloat16) dots_of<BFloat16>(query, keys, rows, first, count, out);
+}
+
+// ---- the same in float32
+
+inline __m512 load16(const float* key, __mmask16 some) { return _mm512_maskz_loadu_ps(some, key); }
+inline __m512 load16(const Float16* key, __mmask16 some) {
+  return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(some, key));
+}
+inline __m512 load16(const BFloat16* key, __mmask16 some) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, key)), 16));
+}
+
+template <int rows, class T>
+inline void dot_rows_float(const float* query, const T* const (&key)[rows], int64_t dim, float* out) {
+  __m512 sum[rows];
+  for (auto& each : sum) each = _mm512_setzero_ps();
+  for (int64_t d = 0; d < dim; d += 16) {
+    const auto some = static_cast<__mmask16>(dim - d >= 16 ? 0xffff : (1u << (dim - d)) - 1);
+    const __m512 q = _mm512_loadu_ps(query + d);
+    for (int row = 0; row < rows; ++row) sum[row] = _mm512_fmadd_ps(q, load16(key[row] + d, some), sum[row]);
+  }
+  for (int row = 0; row < rows; ++row) out[row] = _mm512_reduce_add_ps(sum[row]);
+}
+
+template <class T>
+void dots_float_of(const float* query, const Matrix& keys, const int64_t* rows, int64_t count, float* out) {
+  each_row<T>(keys, rows, 0, count,
+              [&](const auto& key, int64_t i) { dot_rows_float(query, key, keys.columns, out + i); });
+}
+
+void dots_float(const float* query, const Matrix& keys, const int64_t* rows, int64_t count, float* out) {
+  if (keys.dtype == DType::float32) dots_float_of<float>(query, keys, rows, count, out);
+  if (keys.dtype == DType::float16) dots_float_of<Float16>(query, keys, rows, count, out);
+  if (keys.dtype == DType::bfloat16) dots_float_of<BFloat16>(query, keys, rows, count, out);
 }
 
 // One instruction each, as assembly: with the intrinsics GCC 12 copies the accumulators and spills half of them.
@@ -306,7 +352,7 @@ const Kernels& avx512_kernels() noexcept {
   static constexpr Kernels table{
       .name = "avx512",
       .dots = dots,
-      .dots_float = generic::dots_float,
+      .dots_float = dots_float,
       .enter = nullptr,
       .leave = nullptr,
       .tiles16 = generic::tiles16<tile16>,

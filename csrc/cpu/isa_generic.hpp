@@ -40,6 +40,26 @@ void dots_of(const double* query, const Matrix& keys, const int64_t* rows, int64
   if (keys.dtype == DType::bfloat16) dots_of<BFloat16>(query, keys, rows, first, count, out);
 }
 
+// Calls `dot(keys, i)` for all rows, four at a time, whose independent sums hide the latency of one; then for the rest.
+template <class T, class Row, class Dot>
+void by_fours(int64_t count, const Row& row, const Dot& dot) {
+  int64_t i = 0;
+  for (; i + 4 <= count; i += 4) {
+    const T* const key[4] = {row(i), row(i + 1), row(i + 2), row(i + 3)};
+    dot(key, i);
+  }
+  if (count - i == 3) {
+    const T* const key[3] = {row(i), row(i + 1), row(i + 2)};
+    dot(key, i);
+  } else if (count - i == 2) {
+    const T* const key[2] = {row(i), row(i + 1)};
+    dot(key, i);
+  } else if (count - i == 1) {
+    const T* const key[1] = {row(i)};
+    dot(key, i);
+  }
+}
+
 template <class T>
 void dots_float_of(const float* query, const Matrix& keys, const int64_t* rows, int64_t count, float* out) {
   constexpr int width = 16;
