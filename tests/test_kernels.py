@@ -339,6 +339,34 @@ print(found.index.shape)
     assert done.stdout.split("\n")[:2] == ["interrupted True", "(3, 1)"], done.stdout + done.stderr
 
 
+def test_signal_handlers_may_multiply_and_mine():
+    """They run between tiles: a handler that uses the matrix units leaves them, one that mines needs scratch memory."""
+    done = _run(
+        """
+import torch
+torch.set_num_threads(1)
+keys, queries = rng.standard_normal((1 << 18, 64), np.float32), rng.standard_normal((768, 64), np.float32)
+bank, small = ce.Bank({"a": keys}), ce.Bank({"a": keys[:3000]})
+plans = [(ce.CascadePlan.parse("a:10"), 768), (ce.CascadePlan.parse("a:50%,a:2000"), 48)]
+def mine(plan, rows, bank):
+    return ce.mine(plan, {"a": queries[:rows]}, bank, backend="cpu").index
+want, inner, came = [mine(*plan, bank) for plan in plans], mine(*plans[0], small), []
+product = torch.ones(512, 512, dtype=torch.bfloat16)
+def handler(*_):
+    product @ product
+    came.append((mine(*plans[0], small) == inner).all())
+    signal.setitimer(signal.ITIMER_REAL, 0.02)  # only now, lest handlers pile up on a slow machine
+signal.signal(signal.SIGALRM, handler)
+signal.setitimer(signal.ITIMER_REAL, 0.02)
+same = [(mine(*plan, bank) == right).all() for plan, right in zip(plans, want) for _ in range(4)]
+signal.setitimer(signal.ITIMER_REAL, 0)
+print(all(same), all(came), len(came) > 2)
+""",
+        OMP_NUM_THREADS="2",
+    )
+    assert done.stdout.strip() == "True True True", (done.returncode, done.stdout, done.stderr)
+
+
 def test_two_threads_mine_at_once():
     rng, plan = np.random.default_rng(19), ce.CascadePlan.parse("a:50%,a:5")
     bank = ce.Bank({"a": FAMILIES["separated"](rng, 3000, 32)})

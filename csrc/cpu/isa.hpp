@@ -145,7 +145,8 @@ struct Kernels {
                    float* direction);  // [D, 32], of weight times key; null where it is not wanted
 };
 
-// The calling thread's right to use `tiles16` and `tiles8` while this object lives.
+// The calling thread's right to use `tiles16` and `tiles8` while this object lives. Not beyond a `should_stop`: that
+// runs signal handlers, and what they call may use the units too and leave them.
 class MatrixUnits {
  public:
   explicit MatrixUnits(const Kernels& kernels) : leave_(kernels.leave) {

@@ -105,7 +105,6 @@ void ScoreRows::pack(int64_t first, int64_t count) {
 // Every view's scores of all keys. Runs of key blocks stay in the cache while all groups of queries pass over them.
 bool ScoreRows::score(int64_t first, int64_t count) {
   const Span span(Phase::score);
-  const MatrixUnits units(kernels_);
   pack(first, count);
   for (size_t view = 0; view < views_.size(); ++view) {
     const Packed16& packed = *views_[view].packed;
@@ -115,6 +114,7 @@ bool ScoreRows::score(int64_t first, int64_t count) {
       if (should_stop()) return false;
       const int64_t stop = std::min(layout_.blocks, start + run);
       call_.bank->passed((stop - start) * block_bytes);
+      const MatrixUnits units(kernels_);
       const int32_t* words = memory_.words[view].data();
       int16_t* out = memory_.rows[view].data();
       for (const int size : groups_) {

@@ -78,11 +78,8 @@ class Stream {
     rows_ = rows;
     pack();
     const int64_t sampled = std::min(layout_.blocks, sample / lanes8);
-    {
-      const MatrixUnits units(kernels_);
-      if (sampled > 0) guess(sampled);
-      if (!scan(sampled)) return {};
-    }
+    if (sampled > 0) guess(sampled);
+    if (!scan(sampled)) return {};
     std::vector<int64_t> again;
     for (int64_t i = 0; i < static_cast<int64_t>(rows_.size()); ++i) {
       if (least_[i] == never) {
@@ -156,6 +153,7 @@ class Stream {
     sample_upper_.reserve(count * keys);
     sample_lower_.reserve(keys);
     for (int64_t group = 0; group < groups_ && !should_stop(); ++group) {
+      const MatrixUnits units(kernels_);
       for (int64_t block = 0; block < blocks; ++block) {
         tiles(group, 1, block, all);
         for (int64_t q = 0; q < count; ++q)
@@ -197,17 +195,18 @@ class Stream {
 
   // All other blocks, each once: its keys stay in the first-level cache while all queries pass over them.
   bool scan(int64_t first) {
-    for (int64_t block = first; block < layout_.blocks; ++block) {
-      if (block % blocks_per_poll == 0) {
-        if (should_stop()) return false;
-        call_.bank->passed(blocks_per_poll * packed_.steps() * lanes8 * 4);
+    for (int64_t start = first; start < layout_.blocks; start += blocks_per_poll) {
+      if (should_stop()) return false;
+      call_.bank->passed(blocks_per_poll * packed_.steps() * lanes8 * 4);
+      const MatrixUnits units(kernels_);
+      for (int64_t block = start; block < std::min(layout_.blocks, start + blocks_per_poll); ++block) {
+        tiles(0, groups_, block, least_.data());
+        for (int64_t group = 0; group < groups_; ++group)
+          for (uint32_t any = any_[group]; any != 0; any &= any - 1) {
+            const int64_t i = group * kernels_.queries8 + __builtin_ctz(any);
+            collect(i, block, lanes_[i], upper_.data() + i * lanes8);
+          }
       }
-      tiles(0, groups_, block, least_.data());
-      for (int64_t group = 0; group < groups_; ++group)
-        for (uint32_t any = any_[group]; any != 0; any &= any - 1) {
-          const int64_t i = group * kernels_.queries8 + __builtin_ctz(any);
-          collect(i, block, lanes_[i], upper_.data() + i * lanes8);
-        }
     }
     return true;
   }

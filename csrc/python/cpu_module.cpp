@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <future>
 #include <optional>
 #include <string>
 #include <vector>
@@ -119,11 +120,21 @@ struct Output {
   std::vector<int64_t*> pointers;
 };
 
+thread_local bool at_work = false;
+
+// A signal's handler may come while its thread is at work and call again: what the thread keeps from call to call is
+// then in use, so that call gets a thread of its own.
 template <class Call>
 void run(int threads, const Call& call) {
+  const cpu::Control control{.threads = threads, .interrupted = interrupted};
   try {
     const py::gil_scoped_release release;
-    call(cpu::Control{.threads = threads, .interrupted = interrupted});
+    if (at_work) return std::async(std::launch::async, [&] { call(control); }).get();
+    struct Work {
+      Work() { at_work = true; }
+      ~Work() { at_work = false; }
+    } const work;
+    call(control);
   } catch (const cpu::Interrupted&) {
     throw py::error_already_set();
   }
