@@ -95,12 +95,12 @@ def test_kernels_under_address_and_undefined_behaviour_sanitizers(tmp_path):
 
 @pytest.mark.full
 @needs_compiler
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
 def test_kernels_under_sanitizers_at_length(tmp_path, sanitizer):
     skip = ("isa_neon",) if X86 else X86_FILES
     binary = build(tmp_path, "-O2", "-g1", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all", skip=skip)
-    print(run(binary, "12"))
+    print(run(binary, "4"))
 
 
 @pytest.mark.full
