@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "cpu/exact.hpp"
+#include "cpu/sums.hpp"
 
 namespace cascade::cpu {
 namespace {
@@ -13,9 +14,7 @@ namespace {
 constexpr int64_t sample_rows = 1024;
 
 double squared(std::span<const double> x) {
-  double sum[4] = {};
-  for (size_t d = 0; d < x.size(); ++d) sum[d % 4] += x[d] * x[d];
-  return (sum[0] + sum[1]) + (sum[2] + sum[3]);
+  return sum_of(static_cast<int64_t>(x.size()), [&](int64_t d) { return x[d] * x[d]; });
 }
 
 // Scales to unit length; a zero vector stays.

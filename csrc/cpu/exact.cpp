@@ -4,9 +4,9 @@
 #include <bit>
 #include <cmath>
 #include <limits>
-#include <numeric>
 
 #include "cpu/ranking.hpp"
+#include "cpu/sums.hpp"
 #include "cpu/widen.hpp"
 
 namespace cascade::cpu {
@@ -43,7 +43,8 @@ void reciprocal_ranks(std::span<const int64_t> keys, std::span<const double> val
 }  // namespace
 
 void widen_row(const Matrix& matrix, int64_t row, std::vector<double>& out) {
-  out.assign((matrix.columns + 7) / 8 * 8, 0.0);
+  out.resize((matrix.columns + 7) / 8 * 8);
+  std::fill(out.begin() + matrix.columns, out.end(), 0.0);
   if (matrix.dtype == DType::float32) widen_as<float>(matrix, row, out.data());
   if (matrix.dtype == DType::float16) widen_as<Float16>(matrix, row, out.data());
   if (matrix.dtype == DType::bfloat16) widen_as<BFloat16>(matrix, row, out.data());
@@ -54,9 +55,7 @@ double longest_row(const Matrix& matrix, int64_t first, int64_t count) {
   double most = 0;
   for (int64_t i = first; i < first + count; ++i) {
     widen_row(matrix, i, row);
-    double sum[8] = {};
-    for (size_t d = 0; d < row.size(); ++d) sum[d % 8] += row[d] * row[d];
-    most = std::max(most, std::accumulate(sum, sum + 8, 0.0));
+    most = std::max(most, sum_of(matrix.columns, [&](int64_t d) { return row[d] * row[d]; }));
   }
   constexpr double round_up = 1 + 1e-9;
   return std::sqrt(most) * round_up;

@@ -14,6 +14,7 @@
 // neighbours are clips of one video, and thresholds guessed from a few blocks are fair.
 #pragma once
 
+#include <bit>
 #include <cstdint>
 #include <memory>
 #include <span>
@@ -31,11 +32,13 @@ namespace cascade::cpu {
 struct Layout {
   int64_t keys;
   int64_t blocks;
-  int64_t lanes;
+  int64_t lanes;  // a power of two
 
   Layout(int64_t keys_, int64_t lanes_) : keys(keys_), blocks((keys_ + lanes_ - 1) / lanes_), lanes(lanes_) {}
   int64_t positions() const { return blocks * lanes; }
-  int64_t slot(int64_t position) const { return position / lanes + position % lanes * blocks; }
+  int64_t slot(int64_t position) const {
+    return (position >> std::countr_zero(static_cast<uint64_t>(lanes))) + (position & (lanes - 1)) * blocks;
+  }
   int64_t position(int64_t slot) const { return slot % blocks * lanes + slot / blocks; }
 };
 

@@ -12,21 +12,26 @@
 #include "cpu/packed.hpp"
 #include "cpu/pool.hpp"
 #include "cpu/shelf.hpp"
+#include "cpu/sums.hpp"
 
 namespace cascade::cpu {
 
 constexpr double round_up = 1 + 1e-9;  // over the rounding of norms themselves
 
 inline double length(const double* x, int64_t n) {
-  double sum[4] = {};
-  for (int64_t d = 0; d < n; ++d) sum[d % 4] += x[d] * x[d];
-  return std::sqrt((sum[0] + sum[1]) + (sum[2] + sum[3])) * round_up;
+  return std::sqrt(sum_of(n, [x](int64_t d) { return x[d] * x[d]; })) * round_up;
 }
 
 inline double largest(const double* x, int64_t n) {
-  double most = 0;
-  for (int64_t d = 0; d < n; ++d) most = std::max(most, std::abs(x[d]));
-  return most;
+  double most[side_by_side] = {};
+  int64_t d = 0;
+  for (; d + side_by_side <= n; d += side_by_side)
+    for (int lane = 0; lane < side_by_side; ++lane) {
+      const double size = std::abs(x[d + lane]);
+      most[lane] = size > most[lane] ? size : most[lane];
+    }
+  for (; d < n; ++d) most[0] = std::max(most[0], std::abs(x[d]));
+  return *std::max_element(most, most + side_by_side);
 }
 
 // To nearest even, for |value| < 2^51, in a form that compilers vectorise.
@@ -35,15 +40,14 @@ inline double rounded(double value) { return (value + 0x1.8p52) - 0x1.8p52; }
 // Quantises to value * scale, at most `most` in size; returns the norm of what is lost, in the values' units.
 template <class T>
 double quantise(const double* x, int64_t n, double scale, double most, T* out) {
-  double lost[4] = {};
   const double back = 1 / scale;
-  for (int64_t d = 0; d < n; ++d) {
-    const double integer = std::min(most, std::max(-most, rounded(x[d] * scale)));
-    const double error = x[d] - integer * back;
-    out[d] = static_cast<T>(static_cast<int32_t>(integer));
-    lost[d % 4] += error * error;
-  }
-  return std::sqrt((lost[0] + lost[1]) + (lost[2] + lost[3])) * round_up;
+  for (int64_t d = 0; d < n; ++d)
+    out[d] = static_cast<T>(static_cast<int32_t>(std::min(most, std::max(-most, rounded(x[d] * scale)))));
+  const auto lost = [=](int64_t d) {
+    const double error = x[d] - out[d] * back;
+    return error * error;
+  };
+  return std::sqrt(sum_of(n, lost)) * round_up;
 }
 
 // Tells where files are mapped that so many rows of all views were passed.
