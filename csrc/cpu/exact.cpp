@@ -153,16 +153,10 @@ double ExactCascade::deviation(int32_t view) {
   const auto& value = all_[view];
   const auto [low, high] = std::minmax_element(value.begin(), value.end());
   if (*low == *high) return 0;  // whatever their mean rounds to
-  // Eight running sums: enough that the last bits of sigma stay far below bfloat16's.
-  double sum[8] = {}, squares[8] = {};
-  for (int64_t k = 0; k < keys_; ++k) sum[k % 8] += value[k];
-  double mean = 0;
-  for (const double part : sum) mean += part;
-  mean /= static_cast<double>(keys_);
-  for (int64_t k = 0; k < keys_; ++k) squares[k % 8] += (value[k] - mean) * (value[k] - mean);
-  double total = 0;
-  for (const double part : squares) total += part;
-  return std::sqrt(total / static_cast<double>(keys_));
+  // Several running sums: enough that the last bits of sigma stay far below bfloat16's.
+  const double mean = sum_of(keys_, [&](int64_t k) { return value[k]; }) / static_cast<double>(keys_);
+  const double squares = sum_of(keys_, [&](int64_t k) { return (value[k] - mean) * (value[k] - mean); });
+  return std::sqrt(squares / static_cast<double>(keys_));
 }
 
 double ExactCascade::weight(int32_t view) {
