@@ -12,6 +12,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property, lru_cache
 from typing import Literal, get_args
 
 from cascade_engine.errors import InvalidInput
@@ -213,7 +214,7 @@ class CascadePlan:
             raise InvalidInput(f"preset: expected one of {', '.join(PRESETS)}, got {name!r}")
         return cls.parse(texts[name])
 
-    @property
+    @cached_property
     def views(self) -> tuple[str, ...]:
         """The views the plan needs, in order of first use."""
         return tuple(dict.fromkeys(view for stage in self.stages for view in stage.score.views))
@@ -223,11 +224,7 @@ class CascadePlan:
 
         The last count k is at least 1 and at most `bank_size`; every earlier one is raised to at least k.
         """
-        raw: list[int] = []
-        for stage in self.stages:
-            raw.append(stage.keep.resolve(bank_size, raw[-1] if raw else bank_size))
-        k = min(max(raw[-1], 1), bank_size)
-        return (*(max(count, k) for count in raw[:-1]), k)
+        return _counts(self, bank_size)
 
     def explain(self, bank_size: int) -> str:
         """A table of the stages for a bank of `bank_size` keys: score, text, candidates ranked, kept, dot products.
@@ -257,6 +254,23 @@ class CascadePlan:
     def __str__(self) -> str:
         """Canonical plan text, which parses back to an equal plan."""
         return ",".join(map(str, self.stages))
+
+    def __hash__(self) -> int:
+        """Of the stages, worked out once: what a plan comes to is looked up with every batch."""
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(self.stages)
+
+
+@lru_cache(maxsize=256)
+def _counts(plan: CascadePlan, bank_size: int) -> tuple[int, ...]:
+    raw: list[int] = []
+    for stage in plan.stages:
+        raw.append(stage.keep.resolve(bank_size, raw[-1] if raw else bank_size))
+    k = min(max(raw[-1], 1), bank_size)
+    return (*(max(count, k) for count in raw[:-1]), k)
 
 
 class _Parser:

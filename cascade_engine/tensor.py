@@ -40,7 +40,7 @@ def is_torch(value: object) -> TypeGuard[torch.Tensor]:
 
 def device_of(value: object) -> str:
     """``"cpu"`` for host data, torch's device string otherwise."""
-    return str(value.device) if is_torch(value) else "cpu"
+    return str(value.device) if is_torch(value) and not value.is_cpu else "cpu"
 
 
 def dtype_name(value: Array) -> str:
@@ -55,14 +55,11 @@ def to_host(value: object, name: str) -> Host:
         InvalidInput: a tensor on an accelerator, or something no array can be made of.
     """
     if is_torch(value):
-        if value.device.type != "cpu":
+        if not value.is_cpu:
             raise InvalidInput(f"{name}: expected data on the CPU, got a tensor on {value.device}")
-        value = value.detach()
-        if str(value.dtype) == "torch.bfloat16":
-            import torch
-
-            return value.view(torch.int16).numpy().view(BFLOAT16)
-        return value.numpy()
+        torch = sys.modules["torch"]
+        value = value.detach() if value.requires_grad else value
+        return value.view(torch.int16).numpy().view(BFLOAT16) if value.dtype == torch.bfloat16 else value.numpy()
     try:
         array = np.asarray(value)
     except (ValueError, TypeError) as error:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 from importlib import import_module
 from typing import Any
 
@@ -149,7 +148,9 @@ def _hold(bank: Bank) -> Any:
     )
 
 
-def _plan(plan: CascadePlan, counts: Sequence[int], views: Sequence[str]) -> Any:
+@lru_cache(maxsize=256)
+def _plan(plan: CascadePlan, counts: tuple[int, ...], views: tuple[str, ...]) -> Any:
+    """The plan in C++, which no call changes, so that batch after batch has the same one."""
     return _extension().Plan(
         [
             (
