@@ -16,6 +16,8 @@ from typing import Any, Protocol
 Call = Callable[[int], object]  # takes the number of the call, so that it can rotate its input sets
 
 _VISIT_SECONDS = 0.02  # a visit repeats short calls for about this long
+_SETTLE_SECONDS = 0.006  # torch's threads spin for about 5 ms after their last work, on processors others need
+_MOST_CALLS = 50  # of a visit, counted or not
 _SLOW_SECONDS = 2.0  # a contestant whose call takes longer is called in two rounds only
 
 
@@ -98,8 +100,8 @@ class Timing:
 def interleaved(calls: Mapping[str, Call], *, rounds: int, clock: Clock) -> dict[str, Timing]:
     """Time the contestants in turns, so that a disturbance hits all of them.
 
-    Every visit begins with a call that is not counted: it wakes the contestant's threads and puts the previous
-    contestant's to sleep.
+    Every visit begins with calls that are not counted: meanwhile the contestant's threads wake, the previous
+    contestant's stop spinning, and the caches fill.
 
     Args:
         calls: contestant to its call; each has been called before.
@@ -122,8 +124,12 @@ def _visit(call: Call, number: int, clock: Clock, *, warm: bool) -> list[Duratio
     first = clock.measure(call, number)
     if first.wall > _SLOW_SECONDS or not warm:
         return [first]
-    repeats = max(1, min(10, int(_VISIT_SECONDS / max(first.wall, 1e-6))))
-    return [clock.measure(call, number + each) for each in range(1, repeats + 1)]
+    settled, begin = first.wall, 1
+    while settled < _SETTLE_SECONDS and begin < _MOST_CALLS:
+        settled += clock.measure(call, number + begin).wall
+        begin += 1
+    repeats = max(1, min(_MOST_CALLS, int(_VISIT_SECONDS / max(settled / begin, 1e-6))))
+    return [clock.measure(call, number + each) for each in range(begin, begin + repeats)]
 
 
 def _summary(durations: list[Duration]) -> Timing:
