@@ -227,7 +227,6 @@ def _queries(plan: CascadePlan, queries: Mapping[str, Array], bank: Bank) -> tup
         width = bank.keys[view].shape[1]
         if bank.device == "cpu":
             value = feature_matrix(value, name, columns=width)
-            require_finite(value, name)
         elif value.ndim != 2 or value.shape[1] != width:
             raise InvalidInput(f"{name}: expected (N, {width}), got {tuple(value.shape)} {dtype_name(value)}")
         if rows is not None and len(value) != rows:

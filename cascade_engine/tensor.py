@@ -54,6 +54,8 @@ def to_host(value: object, name: str) -> Host:
     Raises:
         InvalidInput: a tensor on an accelerator, or something no array can be made of.
     """
+    if type(value) is np.ndarray and value.dtype != object:
+        return value
     if is_torch(value):
         if not value.is_cpu:
             raise InvalidInput(f"{name}: expected data on the CPU, got a tensor on {value.device}")

@@ -1,5 +1,6 @@
 """Mining's border and laws; that every backend gives the oracle's answer is test_kernels' story."""
 
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -191,6 +192,19 @@ def test_bad_input_is_named(name):
     bank, queries, _ = problem()
     with pytest.raises(InvalidInput, match=message):
         ce.mine(parse("flow:9,rgb:3"), change(queries), bank, exclude)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_queries_must_be_finite_whatever_their_type_and_however_large(backend, dtype):
+    bank, dtype = ce.Bank({"rgb": np.ones((40, 9), np.float32)}), np.dtype(dtype)
+    for place in ((0, 0), (4, 8)):
+        queries = np.full((6, 12), ml_dtypes.finfo(dtype).max, dtype)[:5, 2:11]
+        assert ce.mine(parse("rgb:3"), {"rgb": queries}, bank, backend=backend).index.tolist() == [[0, 1, 2]] * 5
+        for value in (np.nan, np.inf, -np.inf):
+            queries[place] = value
+            with pytest.raises(InvalidInput, match=rf'queries\["rgb"\]: .* got {value} in row {place[0]}'):
+                ce.mine(parse("rgb:3"), {"rgb": queries}, bank, backend=backend)
 
 
 def test_views_the_bank_lacks_and_ids_it_lacks():

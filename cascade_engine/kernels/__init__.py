@@ -13,6 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol
 
 from cascade_engine.errors import BackendUnavailable, InvalidInput
+from cascade_engine.tensor import require_finite
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -43,7 +44,8 @@ class MineRequest:
     Args:
         plan: the stages.
         counts: what each stage keeps in this bank, the last one k.
-        queries: view to (B, D_view), for each view of the plan, on the bank's device.
+        queries: view to (B, D_view), for each view of the plan, on the bank's device; on the CPU the backend refuses
+            NaN and infinity, as it reads them anyway.
         bank: the keys.
         exclude: the keys that are no candidates.
         trace: also answer what each stage kept.
@@ -107,6 +109,16 @@ class Backend(Protocol):
         """Select from given similarities by the plan's stages."""
 
 
+def require_finite_queries(request: MineRequest) -> None:
+    """Refuse NaN and infinity in the queries, naming the first row that holds one.
+
+    Raises:
+        InvalidInput: there is one.
+    """
+    for view in request.plan.views:
+        require_finite(request.queries[view], f'queries["{view}"]')
+
+
 def backend(name: str | None = None, *, device: str = "cpu") -> Backend:
     """The backend called `name`, or the best that can run on data on `device`.
 
@@ -116,16 +128,18 @@ def backend(name: str | None = None, *, device: str = "cpu") -> Backend:
         InvalidInput: no backend has that name.
         BackendUnavailable: the named backend cannot run here; the reason is in the message.
     """
-    name = name or os.environ.get("CASCADE_BACKEND") or None
+    name = name or os.environ.get("CASCADE_BACKEND")
     on_gpu = not device.startswith("cpu")
-    if name is None:
-        name = "cuda" if on_gpu else next(each for each in PREFERENCE[1:] if load(each).unavailable() is None)
-    found = load(name)
-    reason = found.unavailable()
-    if reason is not None:
-        raise BackendUnavailable(f"backend {name!r} cannot run here: {reason}")
-    if on_gpu != (name == "cuda"):
-        raise BackendUnavailable(f"backend {name!r} cannot run on data on {device}")
+    candidates = PREFERENCE[:1] if on_gpu else PREFERENCE[1:]
+    for candidate in (name,) if name else candidates:
+        found = load(candidate)
+        reason = found.unavailable()
+        if reason is None:
+            break
+    else:
+        raise BackendUnavailable(f"backend {candidate!r} cannot run here: {reason}")
+    if on_gpu != (candidate == "cuda"):
+        raise BackendUnavailable(f"backend {candidate!r} cannot run on data on {device}")
     return found
 
 

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from cascade_engine.bank import METRICS, Bank
-from cascade_engine.errors import BackendUnavailable
-from cascade_engine.kernels import MineRequest, Selection, SelectRequest
+from cascade_engine.errors import BackendUnavailable, InvalidInput
+from cascade_engine.kernels import MineRequest, Selection, SelectRequest, require_finite_queries
 from cascade_engine.plan import FUSIONS, CascadePlan
 from cascade_engine.tensor import BFLOAT16, Host
 
@@ -54,15 +54,23 @@ def mine(request: MineRequest) -> Selection:
     bank = request.bank
     queries = request.queries
     held = bank.prepared(("cpu", _chosen_isa()), lambda: _hold(bank))
-    index, similarity, kept = _extension().mine(
-        held,
-        _plan(request.plan, request.counts, bank.views),
-        [_array(queries[view]) if view in queries else (None, False) for view in bank.views],
-        None if request.exclude.video_id is None else np.ascontiguousarray(request.exclude.video_id),
-        None if request.exclude.mask is None else np.ascontiguousarray(request.exclude.mask),
-        request.trace,
-        threads(),
-    )
+    extension = _extension()
+    try:
+        index, similarity, kept = extension.mine(
+            held,
+            _plan(request.plan, request.counts, bank.views),
+            [_array(queries[view]) if view in queries else (None, False) for view in bank.views],
+            None if request.exclude.video_id is None else np.ascontiguousarray(request.exclude.video_id),
+            None if request.exclude.mask is None else np.ascontiguousarray(request.exclude.mask),
+            request.trace,
+            threads(),
+        )
+    except extension.NotFinite:
+        try:
+            require_finite_queries(request)  # tells where
+        except InvalidInput as error:
+            raise error from None
+        raise
     for trouble in held.troubles():
         _log.warning(trouble)
     return Selection(index=index, similarity=similarity, kept=kept)

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cascade_engine.bank import Metric
-from cascade_engine.kernels import Exclusion, MineRequest, Selection, SelectRequest
+from cascade_engine.kernels import Exclusion, MineRequest, Selection, SelectRequest, require_finite_queries
 from cascade_engine.plan import RRF_OFFSET, Score, Stage
 from cascade_engine.tensor import Host
 
@@ -76,6 +76,7 @@ def similarity(q: Host, x: Host, metric: Metric) -> F64:
 
 def mine(request: MineRequest) -> Selection:
     """Score every key of each view, then select query by query."""
+    require_finite_queries(request)
     bank = request.bank
     scores = {
         view: similarity(np.asarray(request.queries[view]), bank.host_keys(view), bank.metric)

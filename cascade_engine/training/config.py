@@ -19,7 +19,7 @@ from cascade_engine.video.views import chosen_views
 class DataConfig:
     """Where the clips come from."""
 
-    source: str = option("", "folder of videos, CSV index, mocap15:N (N videos a class), or '' for a cache made before")
+    source: str = option("", "folder, CSV, mocap15:N (N videos a class, whatever the seed), '' for a cache made before")
     cache: str = option("cache", "folder that keeps the decoded frames of every view")
     size: int = option(64, "side of the cached frames, in pixels")
     train_split: str = option("train", "the videos trained on; '' for all")

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <bit>
 #include <cmath>
+#include <cstring>
 #include <limits>
 
 #include "cpu/ranking.hpp"
@@ -32,6 +33,23 @@ double to_bfloat16(double value) {
   return std::bit_cast<double>((bits + half) >> dropped << dropped);
 }
 
+// Whether no value has all bits of its exponent set.
+template <class Bits>
+bool has_no(Bits exponent, const Matrix& matrix) {
+  constexpr int64_t size = sizeof(Bits);
+  for (int64_t row = 0; row < matrix.rows; ++row) {
+    const char* const from = static_cast<const char*>(matrix.data) + row * matrix.stride * size;
+    Bits found = 0;
+    for (int64_t d = 0; d < matrix.columns; ++d) {
+      Bits bits;
+      std::memcpy(&bits, from + d * size, size);
+      found |= static_cast<Bits>((bits & exponent) == exponent);
+    }
+    if (found != 0) return false;
+  }
+  return true;
+}
+
 // 1 / (60 + rank) of each key by its value among the others.
 void reciprocal_ranks(std::span<const int64_t> keys, std::span<const double> value, double* out) {
   std::vector<std::pair<Ranked, int64_t>> order(keys.size());
@@ -59,6 +77,20 @@ double longest_row(const Matrix& matrix, int64_t first, int64_t count) {
   }
   constexpr double round_up = 1 + 1e-9;
   return std::sqrt(most) * round_up;
+}
+
+bool is_finite(const Matrix& matrix) {
+  switch (matrix.dtype) {  // infinity and NaN are the values whose exponent has all bits set
+    case DType::float32:
+      return has_no<uint32_t>(0x7f800000, matrix);
+    case DType::float16:
+      return has_no<uint16_t>(0x7c00, matrix);
+    case DType::bfloat16:
+      return has_no<uint16_t>(0x7f80, matrix);
+    case DType::float64:
+      return has_no<uint64_t>(uint64_t{0x7ff} << 52, matrix);
+  }
+  return false;
 }
 
 double zsum_weight(double sigma) {

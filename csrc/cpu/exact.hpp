@@ -86,6 +86,9 @@ void widen_row(const Matrix& matrix, int64_t row, std::vector<double>& out);
 // At least the length of each of the rows.
 double longest_row(const Matrix& matrix, int64_t first, int64_t count);
 
+// Whether no value is infinite or not a number.
+bool is_finite(const Matrix& matrix);
+
 // bfloat16(1 / sigma), the weight of a view in zsum; 0 where sigma is 0.
 double zsum_weight(double sigma);
 

@@ -21,8 +21,8 @@ double scale16(double norm, double most, int64_t dims) {
 
 // value = 256 * upper + lower, for |value| <= largest16
 inline void split(int16_t value, int8_t& upper, int8_t& lower) {
-  lower = static_cast<int8_t>(value & 0xff);
-  upper = static_cast<int8_t>((value - lower) / 256);
+  lower = static_cast<int8_t>(value);
+  upper = static_cast<int8_t>((value + 128) >> 8);
 }
 
 }  // namespace

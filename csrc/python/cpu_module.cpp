@@ -11,6 +11,7 @@
 
 #include "cpu/backend.hpp"
 #include "cpu/contrast.hpp"
+#include "cpu/exact.hpp"
 #include "cpu/isa.hpp"
 #include "cpu/spans.hpp"
 #include "python/dlpack.hpp"
@@ -140,6 +141,10 @@ void run(int threads, const Call& call) {
   }
 }
 
+struct NotFinite : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
 py::tuple mine(HeldBank& held, const Plan& plan, const std::vector<std::pair<py::object, bool>>& queries,
                const py::object& query_video, const py::object& mask, bool trace, int threads) {
   cpu::Bank& bank = held.bank();
@@ -155,6 +160,7 @@ py::tuple mine(HeldBank& held, const Plan& plan, const std::vector<std::pair<py:
     const Matrix matrix = arrays.emplace_back(queries[view].first).matrix(queries[view].second);
     if (matrix.columns != views[view].columns || (batch >= 0 && matrix.rows != batch) || matrix.dtype == DType::float64)
       throw py::value_error("expected queries of the bank's widths and of one length");
+    if (!cpu::is_finite(matrix)) throw NotFinite("expected finite queries");
     batch = matrix.rows;
     matrices[view] = matrix;
   }
@@ -272,6 +278,7 @@ py::list take_spans() {
 PYBIND11_MODULE(_cpu, module) {
   using namespace cascade;
   module.doc() = "Exact cascade mining on the CPU.";
+  py::register_exception<python::NotFinite>(module, "NotFinite", PyExc_ValueError);
   py::class_<python::Plan>(module, "Plan")
       .def(py::init<std::vector<std::tuple<std::vector<int32_t>, int, int64_t, bool>>>(), py::arg("stages"));
   py::class_<python::HeldBank>(module, "Bank")
