@@ -14,10 +14,11 @@ from cascade_engine.errors import InvalidInput
 from cascade_engine.mining import Positives, mine
 from cascade_engine.nce import SIBLINGS, nce, nce_now
 from cascade_engine.plan import CascadePlan
-from cascade_engine.tensor import dtype_name, is_torch, like
+from cascade_engine.tensor import device_of, dtype_name, is_torch, like
 from cascade_engine.tracing import phase
 
 Reduction = Literal["logsumexp", "mean_log"]
+REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
 Siblings = Literal["positive", "ignore", "negative"]
 SelfPositive = Literal["always", "never"] | float
 
@@ -70,10 +71,10 @@ def multi_positive_nce(
     with phase("loss"):
         if not (temperature > 0 and math.isfinite(temperature)):
             raise InvalidInput(f"temperature: expected a finite number above 0, got {temperature}")
-        if reduction not in get_args(Reduction):
-            raise InvalidInput(f"reduction: expected one of {', '.join(get_args(Reduction))}, got {reduction!r}")
-        if siblings not in get_args(Siblings):
-            raise InvalidInput(f"siblings: expected one of {', '.join(get_args(Siblings))}, got {siblings!r}")
+        if reduction not in REDUCTIONS:
+            raise InvalidInput(f"reduction: expected one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+        if siblings not in SIBLINGS:
+            raise InvalidInput(f"siblings: expected one of {', '.join(SIBLINGS)}, got {siblings!r}")
         compiling = torch.compiler.is_compiling()
         know = torch.compiler.disable(_known) if compiling else _known  # type: ignore[no-untyped-call]
         known = know(query, key, bank, positives, view, query_video_id)
@@ -145,7 +146,7 @@ def _keys(query: Tensor, key: Tensor, bank: Bank, view: str | None) -> Tensor:
     for name, value in (("query", query), ("key", key)):
         if value.ndim != 2 or value.shape[1] != width or not value.is_floating_point():
             raise InvalidInput(f"{name}: expected (B, {width}) of a floating type, got {_described(value)}")
-        if value.shape != query.shape or str(value.device) != bank.device:
+        if value.shape != query.shape or device_of(value) != bank.device:
             raise InvalidInput(f"{name}: expected {tuple(query.shape)} on {bank.device}, got {_described(value)}")
     keys = bank.keys[view]
     # `.data` does not share the version counter: a push that fills an empty slot must not stop a backward pass, and
@@ -160,6 +161,8 @@ def _described(value: Tensor) -> str:
 
 def _on(value: Any, query: Tensor, name: str, dtype: torch.dtype) -> Tensor:
     """`value` as a tensor on the query's device."""
+    if is_torch(value) and value.dtype == dtype and value.device == query.device:
+        return value
     found: Tensor = torch.as_tensor(value, device=query.device)
     if found.is_floating_point() or found.is_complex():
         raise InvalidInput(f"{name}: expected integers, got {dtype_name(found)}")
