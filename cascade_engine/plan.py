@@ -263,6 +263,10 @@ class CascadePlan:
     def _hash(self) -> int:
         return hash(self.stages)
 
+    def __reduce__(self) -> tuple[type[CascadePlan], tuple[tuple[Stage, ...]]]:
+        """As its stages alone: another process hashes text differently."""
+        return CascadePlan, (self.stages,)
+
 
 @lru_cache(maxsize=256)
 def _counts(plan: CascadePlan, bank_size: int) -> tuple[int, ...]:

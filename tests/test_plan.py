@@ -1,7 +1,10 @@
 """Plans: the grammar both ways, exact counts, presets, and errors that say where and what."""
 
 import copy
+import os
 import pickle
+import subprocess
+import sys
 from fractions import Fraction
 
 import pytest
@@ -254,3 +257,14 @@ def test_explain_shows_counts_and_cost():
     assert lines[1].split() == ["1", "flow", "50%", "2048", "1024", "2048"]
     assert lines[2].split() == ["2", "rgb", "25%", "1024", "512", "1024"]
     assert lines[3].split() == ["3", "flow", "5@bank", "2048", "5", "0"]
+
+
+def test_a_plan_from_another_process_is_found_under_an_equal_one():
+    plan = CascadePlan.parse("sum(b,a):9,c:5,a:1")
+    assert hash(plan) == hash(CascadePlan.parse(str(plan)))  # now it knows its hash
+    script = (
+        f"import pickle; plan = pickle.loads({pickle.dumps(plan)!r}); print({{type(plan).parse(str(plan)): 1}}[plan])"
+    )
+    for seed in "12":
+        run = [sys.executable, "-c", script]
+        assert subprocess.run(run, env={**os.environ, "PYTHONHASHSEED": seed}, check=True, capture_output=True).stdout
