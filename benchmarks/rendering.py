@@ -31,11 +31,14 @@ def _milliseconds(outcome: dict[str, Any]) -> str:
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
-    """Bars of time relative to the engine for each case, on a logarithmic axis."""
+    """Bars of time relative to the engine for each case that has a peer, on a logarithmic axis."""
     from matplotlib.figure import Figure
 
-    rows = [row for row in results["cases"] if "median_ms" in row["contestants"].get("engine", {})]
-    names = [n for n in _PEERS[1:] if any("median_ms" in row["contestants"].get(n, {}) for row in rows)]
+    def timed(row: dict[str, Any], name: str) -> bool:
+        return "median_ms" in row["contestants"].get(name, {})
+
+    rows = [row for row in results["cases"] if timed(row, "engine") and any(timed(row, n) for n in _PEERS[1:])]
+    names = [n for n in _PEERS[1:] if any(timed(row, n) for row in rows)]
     figure = Figure(figsize=(9, 1.2 + 0.16 * len(names) * len(rows)), layout="constrained")
     axes = figure.subplots()
     height = 0.8 / max(1, len(names))
@@ -50,6 +53,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
     axes.axvline(1, color="black", linewidth=1)
     axes.set_xscale("log")
     axes.set_yticks(range(len(rows)), [row["name"] for row in rows])
+    axes.margins(y=0.01)
     axes.invert_yaxis()
     axes.set_xlabel(f"time relative to the engine, {results['settings']['threads']} threads (more is slower)")
     axes.legend(loc="lower right", fontsize="small")
