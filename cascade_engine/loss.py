@@ -80,7 +80,7 @@ def multi_positive_nce(
         known = know(query, key, bank, positives, view, query_video_id)
         drop = _dropped(self_positive, query, generator)
         wide = torch.promote_types(query.dtype, torch.float32)
-        scored, own = query.to(wide), key.to(wide)
+        scored, own = (each if each.dtype == wide else each.to(wide) for each in (query, key))
         kind, may_stay, mean_log = SIBLINGS.index(siblings), self_positive != "never", reduction == "mean_log"
         wanted = (torch.is_grad_enabled() and each.requires_grad for each in (scored, own))
         arguments = (scored, own, *known, kind, drop, temperature, may_stay, mean_log, *wanted)
@@ -123,10 +123,9 @@ def _known(
     index = _on(positives.index, query, "positives.index", torch.int64)
     if index.ndim != 2 or len(index) != len(query):
         raise InvalidInput(f"positives.index: expected ({len(query)}, k) int64, got {tuple(index.shape)}")
-    if index.device.type == "cpu" and index.numel() and (largest := int(index.numpy().max())) >= bank.size:
-        raise InvalidInput(f"positives.index: expected slots under {bank.size}, got {largest}")
-    query_video = key_video = index.new_zeros(0)
-    if query_video_id is not None:
+    if query_video_id is None:
+        query_video = key_video = index.new_zeros(0)
+    else:
         if bank.video_id is None:
             raise InvalidInput("query_video_id: expected a bank with video_id to know siblings, got a bank without")
         query_video = _on(query_video_id, query, "query_video_id", torch.int64)

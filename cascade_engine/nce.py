@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from cascade_engine.errors import InvalidInput
 from cascade_engine.kernels import cpu, cuda
 from cascade_engine.tensor import to_host
 
@@ -46,10 +47,13 @@ def nce(
     for_query: bool,
     for_own: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Mean loss (), of the queries' type, over the queries whose P has a member, their number (), and gradients.
+    """Mean loss () over the queries whose P has a member, what it was divided by (), and gradients; of their type.
 
-    0 where every P is empty. The gradients by `query` and `own` are of each query's own loss, so that their bits do not
-    depend on the rest of the batch; one that is not asked for is empty.
+    0, divided by 1, where every P is empty. The gradients by `query` and `own` are of each query's own loss, so that
+    their bits do not depend on the rest of the batch; one that is not asked for is (0,).
+
+    Raises:
+        InvalidInput: on a CPU, a slot of `mined` is not one of the keys'.
     """
     arguments = (query, own, keys, mined, query_video, key_video, siblings, drop)
     return _run(*arguments, temperature, own_positive, mean_log, for_query, for_own)
@@ -61,6 +65,8 @@ def _run(query: Tensor, own: Tensor, keys: Tensor, *rest: Any) -> tuple[Tensor, 
         return _on_cpu(query, own, keys, *rest)
     if stored and query.device.type == "cuda" and cuda.unavailable() is None:
         return mean_of(cuda.engine().contrast, query, own, keys, *rest)
+    if query.device.type == "cpu":
+        _require_slots(rest[0], keys)
     with torch.autocast(query.device.type, enabled=False):  # the products are of the query's own type
         return mean_of(_by_query, query, own, keys, *rest)
 
@@ -70,8 +76,7 @@ def _(query: Tensor, own: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, T
     def gradient(by: Tensor, wanted: bool) -> Tensor:
         return torch.empty_like(by, memory_format=torch.contiguous_format) if wanted else by.new_empty(0)
 
-    count = query.new_empty((), dtype=torch.float64)
-    return query.new_empty(()), count, gradient(query, rest[-2]), gradient(own, rest[-1])
+    return query.new_empty(()), query.new_empty(()), gradient(query, rest[-2]), gradient(own, rest[-1])
 
 
 def nce_now(fresh: Callable[[], None], *arguments: Any) -> Tensor:
@@ -113,8 +118,8 @@ def _differentiate(ctx: Any, grad: Tensor, *_unused: Tensor) -> tuple[Tensor | N
     return (*_gradients(grad, needed, *ctx.saved_tensors), *[None] * 11)
 
 
-def _gradients(grad: Tensor, needed: Sequence[bool], count: Tensor, *to: Tensor) -> Iterator[Tensor | None]:
-    each = (grad / count.clamp(min=1)).to(grad.dtype)
+def _gradients(grad: Tensor, needed: Sequence[bool], divisor: Tensor, *to: Tensor) -> Iterator[Tensor | None]:
+    each = grad / divisor
     return (each * gradient if need else None for need, gradient in zip(needed, to, strict=True))
 
 
@@ -138,27 +143,33 @@ def _on_cpu(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The operator in C++."""
     known = len(query_video) > 0
-    loss, count, to_query, to_own = cpu.contrast(
-        query.detach().contiguous().numpy(),
-        own.detach().contiguous().numpy(),
-        to_host(keys, "keys"),
-        mined.contiguous().numpy(),
-        query_video.contiguous().numpy() if known else None,
-        key_video.contiguous().numpy() if known else None,
-        siblings,
-        drop.contiguous().numpy() if len(drop) else None,
-        temperature=temperature,
-        own_positive=own_positive,
-        mean_log=mean_log,
-        for_query=for_query,
-        for_own=for_own,
-    )
-    return (
-        query.new_full((), loss),
-        query.new_full((), count, dtype=torch.float64),
-        torch.from_numpy(to_query) if for_query else query.new_empty(0),
-        torch.from_numpy(to_own) if for_own else query.new_empty(0),
-    )
+    try:
+        found = cpu.contrast(
+            query.detach().contiguous().numpy(),
+            own.detach().contiguous().numpy(),
+            to_host(keys, "keys"),
+            mined.contiguous().numpy(),
+            query_video.contiguous().numpy() if known else None,
+            key_video.contiguous().numpy() if known else None,
+            siblings,
+            drop.contiguous().numpy() if len(drop) else None,
+            temperature=temperature,
+            own_positive=own_positive,
+            mean_log=mean_log,
+            for_query=for_query,
+            for_own=for_own,
+        )
+    except IndexError:
+        _require_slots(mined, keys)  # tells which
+        raise
+    loss, divisor, to_query, to_own = map(torch.from_numpy, found)
+    return loss, divisor, to_query, to_own
+
+
+def _require_slots(mined: Tensor, keys: Tensor) -> None:
+    """Refuse slots that the bank does not have."""
+    if mined.numel() and (largest := int(mined.max())) >= len(keys):
+        raise InvalidInput(f"positives.index: expected slots under {len(keys)}, got {largest}")
 
 
 def mean_of(
@@ -195,10 +206,10 @@ def mean_of(
         mean_log=mean_log,
         differentiate=for_query or for_own,
     )
-    count, to_score = counted.sum().double(), to_score[:, None] / temperature
+    divisor, to_score = counted.sum().double().clamp(min=1), to_score[:, None] / temperature
     return (
-        (each.sum() / count.clamp(min=1)).to(query.dtype),
-        count,
+        (each.sum() / divisor).to(query.dtype),
+        divisor.to(query.dtype),
         to_query.addcmul_(to_score, own) if for_query else query.new_empty(0),
         to_score * query if for_own else query.new_empty(0),
     )

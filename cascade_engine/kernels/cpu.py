@@ -103,9 +103,13 @@ def contrast(
     mean_log: bool,
     for_query: bool,
     for_own: bool,
-) -> tuple[float, float, Host, Host]:
-    """The operator of `cascade_engine.nce`; a gradient that is not wanted has no rows."""
-    found: tuple[float, float, Host, Host] = _extension().contrast(
+) -> tuple[Host, Host, Host, Host]:
+    """The operator of `cascade_engine.nce`.
+
+    Raises:
+        IndexError: a slot of `mined` is not one of the keys'.
+    """
+    found: tuple[Host, Host, Host, Host] = _extension().contrast(
         query,
         own,
         _array(keys),

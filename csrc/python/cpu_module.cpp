@@ -231,9 +231,9 @@ py::tuple contrast(const py::object& query, const py::object& own, const std::pa
   call.mined = held.emplace_back(mined).compact<int64_t>(0, 2);
   call.width = length(1);
   const int64_t slots = length(0) * call.width;
-  if (length(0) != call.batch ||
-      std::any_of(call.mined, call.mined + slots, [&](int64_t slot) { return slot >= call.keys.rows; }))
-    throw py::value_error("expected a row of slots for each query");
+  if (length(0) != call.batch) throw py::value_error("expected a row of slots for each query");
+  if (std::any_of(call.mined, call.mined + slots, [&](int64_t slot) { return slot >= call.keys.rows; }))
+    throw py::index_error("expected slots of the bank");
   if (!query_video.is_none()) {
     call.query_video = held.emplace_back(query_video).compact<int64_t>(0, 1);
     const bool for_each = length(0) == call.batch;
@@ -250,12 +250,20 @@ py::tuple contrast(const py::object& query, const py::object& own, const std::pa
   call.temperature = temperature;
   call.own_positive = own_positive;
   call.mean_log = mean_log;
-  py::array_t<float> to_query({for_query ? call.batch : 0, dim}), to_own({for_own ? call.batch : 0, dim});
+  const auto gradient = [&](bool wanted) {
+    return wanted ? py::array_t<float>({call.batch, dim}) : py::array_t<float>(py::ssize_t{0});
+  };
+  py::array_t<float> to_query = gradient(for_query), to_own = gradient(for_own);
   cpu::ContrastAnswer answer{0, 0, for_query ? to_query.mutable_data() : nullptr,
                              for_own ? to_own.mutable_data() : nullptr};
   const cpu::Kernels& kernels = cpu::choose(isa);
   run(threads, [&](const cpu::Control& control) { cpu::contrast(kernels, call, control, answer); });
-  return py::make_tuple(answer.loss, answer.counted, to_query, to_own);
+  const auto scalar = [](double value) {
+    py::array_t<float> array(std::vector<py::ssize_t>{});
+    *array.mutable_data() = static_cast<float>(value);
+    return array;
+  };
+  return py::make_tuple(scalar(answer.loss), scalar(std::max(1.0, answer.counted)), to_query, to_own);
 }
 
 py::list list_isas() {
