@@ -56,10 +56,12 @@ double log_add(double a, double b) {
   return most == none ? none : most + std::log1p(std::exp(std::min(a, b) - most));
 }
 
-// What a query's gradients are made of.
-struct Weights {
-  double rest = 0;  // of the sum over the keys outside P, as far as it is relative to `top`
-  double own = 0;
+// A query's loss, and what its gradients are made of.
+struct Solved {
+  bool counts = false;  // its P has a member
+  double loss = 0;
+  double rest = 0;  // weight of the sum over the keys outside P, as far as it is relative to `top`
+  double own = 0;   // weight of the own key
 };
 
 // Memory of the running sums, kept from call to call.
@@ -102,14 +104,20 @@ class Contrast {
   void run(const Control& control) {
     run_parts(static_cast<int>(chunks_), control, [&](int chunk, int) { pass(chunk); });
     members_.by_query();
+    solved_.resize(call_.batch);
+    const auto slices = static_cast<int>((call_.batch + slice - 1) / slice);
+    run_parts(slices, control, [&](int part, int) {
+      const int64_t begin = part * slice, end = std::min(call_.batch, begin + slice);
+      for (int64_t query = begin; query < end; ++query) solved_[query] = solve(query);
+      if (differentiates_) differentiate(begin, end);
+    });
     double total = 0, counted = 0;
-    weights_.resize(call_.batch);
-    for (int64_t query = 0; query < call_.batch; ++query) counted += solve(query, total) ? 1 : 0;
+    for (const Solved& each : solved_) {
+      total += each.loss;
+      counted += each.counts ? 1 : 0;
+    }
     answer_.loss = counted > 0 ? total / counted : 0;
     answer_.counted = counted;
-    if (!differentiates_) return;
-    const auto slices = static_cast<int>((call_.batch + slice - 1) / slice);
-    run_parts(slices, control, [&](int part, int) { differentiate(part * slice); });
   }
 
  private:
@@ -200,9 +208,8 @@ class Contrast {
     }
   }
 
-  // Adds a query's loss, where its P has a member, and finds what its gradients are made of; members' scores become
-  // their weights.
-  bool solve(int64_t query, double& total) {
+  // Members' scores become their weights, and tops their shares.
+  Solved solve(int64_t query) {
     const std::span<Pair> inside = members_.of(query);
     const int64_t group = query / lanes32, lane = query % lanes32;
     const double own = own_[query];
@@ -217,10 +224,7 @@ class Contrast {
     }
     const bool dropped = call_.drop != nullptr && call_.drop[query] && !inside.empty();
     const bool kept = call_.own_positive && !dropped;
-    if (!kept && inside.empty()) {
-      weights_[query] = {};
-      return false;
-    }
+    if (!kept && inside.empty()) return {};
     const double rest = log_add(static_cast<double>(top) + std::log(sum), kept ? none : own);
     double most = kept ? own : none, scores = kept ? own : 0;
     for (const Pair& pair : inside) {
@@ -233,16 +237,16 @@ class Contrast {
     const double all = log_add(rest, in), size = static_cast<double>(inside.size()) + (kept ? 1 : 0);
     const double share = -1 / (1 + std::exp(in - rest));  // N's of the mass
     const double by = call_.mean_log ? std::exp(most - all) : share / masses, less = call_.mean_log ? 1 / size : 0;
-    total += call_.mean_log ? all - scores / size : log_add(rest - in, 0);
     for (Pair& pair : inside) pair.score = pair.score * by - less;
-    weights_[query] = {std::exp(static_cast<double>(top) - all),
-                       kept ? std::exp(own - most) * by - less : std::exp(own - all)};
-    return true;
+    return {.counts = true,
+            .loss = call_.mean_log ? all - scores / size : log_add(rest - in, 0),
+            .rest = std::exp(static_cast<double>(top) - all),
+            .own = kept ? std::exp(own - most) * by - less : std::exp(own - all)};
   }
 
   // The gradients of a slice of queries: the sums over all chunks, in their order, the members of P and the own key.
-  void differentiate(int64_t begin) {
-    const int64_t end = std::min(call_.batch, begin + slice), group = begin / lanes32, lane = begin % lanes32;
+  void differentiate(int64_t begin, int64_t end) {
+    const int64_t group = begin / lanes32, lane = begin % lanes32;
     std::vector<Slice> rest(answer_.to_query != nullptr ? dim_ : 0, Slice{});
     std::vector<float> inside(dim_);
     for (int64_t chunk = 0; chunk < chunks_; ++chunk) {
@@ -255,7 +259,7 @@ class Contrast {
     }
     const double scale = 1 / call_.temperature;
     for (int64_t query = begin; query < end; ++query) {
-      const Weights& weights = weights_[query];
+      const Solved& weights = solved_[query];
       const float *const self = call_.query + query * dim_, *const own = call_.own + query * dim_;
       if (answer_.to_own != nullptr)
         for (int64_t d = 0; d < dim_; ++d)
@@ -289,7 +293,7 @@ class Contrast {
   bool differentiates_;
   std::vector<double> own_;  // [B], scores of the own keys
   Members members_;
-  std::vector<Weights> weights_;  // [B]
+  std::vector<Solved> solved_;  // [B]
   Scratch& scratch_ = kept_scratch;
   float* queries_ = nullptr;    // [groups, D, 32]
   float* top_ = nullptr;        // [chunks, groups, 32]; once solved, exp(top - the top of all chunks)
