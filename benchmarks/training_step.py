@@ -9,6 +9,7 @@ processor time on all threads, which holds on a machine that others use too.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -110,24 +111,38 @@ def rest_of_step(encoder: str, batch: int, clip: tuple[int, int, int]) -> Callab
     return step
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Encoded:
+    """A batch as the encoders leave it: keys of each view, their videos, and the trained view's queries, a leaf."""
+
+    keys: dict[str, torch.Tensor]
+    video: torch.Tensor
+    query: torch.Tensor
+
+    @classmethod
+    def of(cls, batch: Batch) -> _Encoded:
+        keys = {view: torch.from_numpy(values) for view, values in batch.queries.items()}
+        video = torch.from_numpy(batch.video_id)
+        return cls(keys=keys, video=video, query=keys["rgb"].clone().requires_grad_())
+
+
 def engine_step(problem: Problem) -> tuple[Callable[[int], object], list[Any]]:
     """Mining, loss forward and backward, push: the call, and the list its answers go to."""
     queue = ce.KeyQueue(problem.case.keys, dict.fromkeys(problem.keys, problem.case.width), device="cpu")
     queue.push({view: torch.from_numpy(keys) for view, keys in problem.keys.items()}, problem.video_id)
     plan, answers = problem.case.parsed, list[Any]()
+    batches = list(map(_Encoded.of, problem.batches))
 
     def step(number: int) -> None:
-        batch = problem.batches[number % len(problem.batches)]
-        keys = {view: torch.from_numpy(values) for view, values in batch.queries.items()}
-        video, bank = torch.from_numpy(batch.video_id), queue.bank()
-        found = ce.mine(plan, keys, bank, video)
+        batch, bank = batches[number % len(batches)], queue.bank()
+        found = ce.mine(plan, batch.keys, bank, batch.video)
         answers[:] = [found.index]
-        query = keys["rgb"].clone().requires_grad_()
         loss = ce.multi_positive_nce(
-            query, keys["rgb"], bank, found, view="rgb", temperature=TEMPERATURE, query_video_id=video
+            batch.query, batch.keys["rgb"], bank, found, view="rgb", temperature=TEMPERATURE, query_video_id=batch.video
         )
+        batch.query.grad = None
         loss.backward()  # type: ignore[no-untyped-call]
-        queue.push(keys, batch.video_id)
+        queue.push(batch.keys, batch.video)
 
     return step, answers
 
@@ -136,18 +151,19 @@ def torch_step(problem: Problem, miner: Search) -> Callable[[int], object]:
     """Mining by `miner`, the loss in plain torch over a (B, 1 + K) array, forward and backward: the call."""
     bank = torch.from_numpy(problem.keys["rgb"])
     video = torch.from_numpy(problem.video_id)
+    batches = list(map(_Encoded.of, problem.batches))
 
     def step(number: int) -> None:
-        batch = problem.batches[number % len(problem.batches)]
-        positives = miner(batch)
-        key = torch.from_numpy(batch.queries["rgb"])
-        query = key.clone().requires_grad_()
+        batch = batches[number % len(batches)]
+        positives = miner(problem.batches[number % len(batches)])
+        query, key = batch.query, batch.keys["rgb"]
         scores = torch.cat([(query * key).sum(1, keepdim=True), query @ bank.T], 1) / TEMPERATURE
         member = torch.zeros(scores.shape, dtype=torch.bool)
-        member[:, 1:] = torch.from_numpy(batch.video_id)[:, None] == video[None]
+        member[:, 1:] = batch.video[:, None] == video[None]
         member.scatter_(1, positives + 1, True)
         member[:, 0] = True
         loss = scores.logsumexp(1) - scores.masked_fill(~member, -torch.inf).logsumexp(1)
+        query.grad = None
         loss.mean().backward()  # type: ignore[no-untyped-call]
 
     return step
