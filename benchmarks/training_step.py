@@ -8,6 +8,7 @@ processor time on all threads, which holds on a machine that others use too.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -127,11 +128,18 @@ class _Encoded:
 
 
 def engine_step(problem: Problem) -> tuple[Callable[[int], object], list[Any]]:
-    """Mining, loss forward and backward, push: the call, and the list its answers go to."""
+    """Mining, loss forward and backward, push: the call, and the list its answers go to.
+
+    What is pushed are the keys that the queue held there before: the few batches that calls rotate through would soon
+    fill it with copies of themselves, and equal scores are dear.
+    """
     queue = ce.KeyQueue(problem.case.keys, dict.fromkeys(problem.keys, problem.case.width), device="cpu")
     queue.push({view: torch.from_numpy(keys) for view, keys in problem.keys.items()}, problem.video_id)
     plan, answers = problem.case.parsed, list[Any]()
     batches = list(map(_Encoded.of, problem.batches))
+    pushed = {view: torch.from_numpy(keys).split(problem.case.queries) for view, keys in problem.keys.items()}
+    videos = torch.from_numpy(problem.video_id).split(problem.case.queries)
+    turns = itertools.cycle(range(len(videos)))
 
     def step(number: int) -> None:
         batch, bank = batches[number % len(batches)], queue.bank()
@@ -142,7 +150,8 @@ def engine_step(problem: Problem) -> tuple[Callable[[int], object], list[Any]]:
         )
         batch.query.grad = None
         loss.backward()  # type: ignore[no-untyped-call]
-        queue.push(batch.keys, batch.video)
+        turn = next(turns)
+        queue.push({view: keys[turn] for view, keys in pushed.items()}, videos[turn])
 
     return step, answers
 
