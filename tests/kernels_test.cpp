@@ -355,6 +355,13 @@ int main(int count, char** words) {
         cpu::Bank bank(matrices(p, p.key, p.keys), p.key_video.data(), p.metric, kernels);
         failures += !answers_right(p, bank, isa.name, 1, "fresh");
         failures += !answers_right(p, bank, isa.name, 3, "fresh");
+        cpu::Kernels pieces = isa.kernels();
+        pieces.tiles8 = nullptr;
+        pieces.piece16 = cpu::lanes16 * (1 + family % 3);
+        cpu::Bank in_pieces(matrices(p, p.key, p.keys), p.key_video.data(), p.metric, pieces);
+        Problem few = p;
+        for (Stage& stage : few.stages) stage = {stage.views, stage.fusion, std::min(stage.keep, p.keys / 40), false};
+        failures += !answers_right(few, in_pieces, isa.name, 2, "in pieces");
         if (family == 7) {  // alone, the first stage is the last: what is surely out is dropped, the rest ranked
           Problem one = p;
           one.stages.resize(1);

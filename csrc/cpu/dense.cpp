@@ -8,6 +8,10 @@
 // and only the band between is ranked by the contract's float64 similarities. Survivors carry the scores of the views
 // that later stages need, so every view is scored once, in tiles that stream through the cache.
 //
+// Where the first stage keeps few of many keys, its scores need not be there all at once: of one piece of the bank after
+// the other, candidates are listed that reach the threshold among those listed before, less w. That threshold only
+// grows, so none is missed that the last one admits, and what a thread holds does not depend on K.
+//
 // A stage over the bank (`@bank`) is decided before candidates are lost: its threshold and its band are found among all
 // eligible keys, and when its turn comes candidates are held against them.
 #include <algorithm>
@@ -26,9 +30,41 @@ namespace {
 constexpr int64_t few = 24;            // so few candidates are ranked exactly at once
 constexpr int64_t worth_sharing = 64;  // candidates of a query: their rows are then other queries' too
 
+constexpr int64_t many_pieces = 4;     // a bank of fewer is scored at once
+constexpr int64_t share_listed = 16;   // a first stage that keeps one key in so many at most has its candidates listed
+constexpr int64_t share_more = 8;      // of a piece: candidates that a list takes on before its threshold is found anew
+
 struct Open {
   Ranked ranked;
   int64_t from;
+};
+
+// A query's candidates so far.
+struct List {
+  Buffer<uint32_t> position;
+  std::vector<Buffer<int16_t>> score;  // of each column
+  int64_t count = 0, tightened_at = 0;
+  int least = no_score + 1;
+
+  void start() {
+    count = tightened_at = 0;
+    least = no_score + 1;
+  }
+  void reserve(int64_t size, int rows) {
+    const auto grow = [&](auto& buffer) {
+      if (size <= buffer.size()) return;
+      std::remove_reference_t<decltype(buffer)> larger(std::max(size, buffer.size() * 3 / 2));
+      std::copy_n(buffer.data(), count, larger.data());
+      buffer = std::move(larger);
+    };
+    grow(position);
+    for (int row = 0; row < rows; ++row) grow(score[row]);
+  }
+  Columns columns(int64_t from, int rows) {
+    Columns made{.position = position.data() + from, .score = {}};
+    for (int row = 0; row < rows; ++row) made.score[row] = score[row].data() + from;
+    return made;
+  }
 };
 
 // Candidates of the query a thread works on: kept from call to call as the score rows are.
@@ -39,6 +75,7 @@ struct Scratch {
   std::vector<int64_t> band, alive;
   std::vector<double> band_score;
   std::vector<Open> ranked_band;
+  std::vector<List> lists;
 };
 
 // What a stage over the bank decided among all eligible keys.
@@ -54,7 +91,8 @@ class Dense {
   Dense(const MineCall& call, std::span<const StagePacks> packed)
       : call_(call),
         kernels_(call.bank->kernels()),
-        rows_(call, packed),
+        lists_(is_worth_listing(call)),
+        rows_(call, packed, lists_ ? kernels_.piece16 / lanes16 : ScoreRows::all_blocks),
         layout_(rows_.layout()),
         stages_(call.stages.begin(), call.stages.end()),
         exact_(stages_, static_cast<int64_t>(call.bank->views().size()), call.bank->size(), call.weights),
@@ -63,10 +101,13 @@ class Dense {
         bank_ranking_(rows_.stages()),
         column_(rows_.columns()) {
     scratch_.open_score.resize(std::max(scratch_.open_score.size(), rows_.columns()));
-    scratch_.position.reserve(rows_.padded());
-    scratch_.open_position.reserve(rows_.padded());
-    scratch_.middle.reserve(rows_.padded());
-    for (size_t each = 0; each < rows_.columns(); ++each) scratch_.open_score[each].reserve(rows_.padded());
+    reserve(rows_.padded());
+    if (!lists_) return;
+    for (size_t stage = 0; stage < rows_.stages(); ++stage)
+      if (std::find(listed_.begin(), listed_.end(), rows_.column(stage)) == listed_.end())
+        listed_.push_back(rows_.column(stage));
+    scratch_.lists.resize(std::max(scratch_.lists.size(), static_cast<size_t>(rows_.at_once())));
+    for (List& list : scratch_.lists) list.score.resize(std::max(list.score.size(), listed_.size()));
   }
   ~Dense() {
     if (!rows_.are_kept()) scratch_ = Scratch{};
@@ -77,13 +118,82 @@ class Dense {
   void run(int64_t begin, int64_t end) {
     for (int64_t first = begin; first < end && !should_stop(); first += rows_.at_once()) {
       const int64_t count = std::min(rows_.at_once(), end - first);
-      if (!rows_.score(first, count)) return;
+      if (lists_)
+        for (int64_t i = 0; i < count; ++i) scratch_.lists[i].start();
+      for (int64_t piece = 0; piece < rows_.pieces(); ++piece) {
+        if (!rows_.score(first, count, piece)) return;
+        for (int64_t i = 0; i < count && lists_; ++i) list(first + i, i);
+      }
       for (int64_t i = 0; i < count; ++i) cascade(first + i, i);
     }
     rescorer_.finish();
   }
 
  private:
+  static bool is_worth_listing(const MineCall& call) {
+    const auto over_bank = [](const Stage& stage) { return stage.over_bank; };
+    return call.bank->size() >= many_pieces * call.bank->kernels().piece16 &&
+           call.stages[0].keep <= call.bank->size() / share_listed &&
+           std::none_of(call.stages.begin() + 1, call.stages.end(), over_bank);
+  }
+
+  // Of candidates at most.
+  void reserve(int64_t count) {
+    scratch_.position.reserve(count);
+    scratch_.open_position.reserve(count);
+    scratch_.middle.reserve(count);
+    for (size_t each = 0; each < rows_.columns(); ++each) scratch_.open_score[each].reserve(count);
+  }
+
+  // Lists a query's candidates of the piece that was scored last.
+  void list(int64_t row, int64_t query) {
+    const Span span(Phase::select);
+    if (!(rows_.error(0, query) < hopeless16)) return;
+    const int rows = static_cast<int>(listed_.size());
+    List& list = scratch_.lists[query];
+    Columns from{.position = nullptr, .score = {}};
+    for (int each = 0; each < rows; ++each) from.score[each] = rows_.row(listed_[each], query);
+    rows_.mark(row, from.score[0]);
+    list.reserve(std::max(list.count, limit(list)) + rows_.padded(), rows);
+    const Columns kept = list.columns(list.count, rows), open = opened(rows);
+    list.count += kernels_.split16(from, rows_.first_position(), rows_.positions(), rows, list.least, list.least, kept,
+                                   open).kept;
+    if (list.count > limit(list)) tighten(list, query);
+  }
+
+  int64_t limit(const List& list) const {
+    const int64_t keep = call_.stages[0].keep;
+    return std::max(keep, list.tightened_at) + std::max(keep, kernels_.piece16 / share_more);
+  }
+
+  // Finds the threshold anew and drops what is below.
+  void tighten(List& list, int64_t query) {
+    const int rows = static_cast<int>(listed_.size()), width = width_of(rows_.error(0, query));
+    reserve(list.position.size());
+    const Columns all = list.columns(0, rows);
+    const int64_t n = pad_scores(all.score[0], list.count);
+    const Threshold theta =
+        find_threshold(kernels_, all.score[0], n, list.count, call_.stages[0].keep, width / 8, scratch_.middle.data());
+    list.least = std::max(theta.low - width + 1, no_score + 1);
+    list.count = kernels_.split16(all, 0, n, rows, list.least, list.least, all, opened(rows)).kept;
+    list.tightened_at = list.count;
+  }
+
+  // Makes a query's list the candidates that stages go on with; returns how many they are.
+  int64_t take_list(int64_t query) {
+    List& list = scratch_.lists[query];
+    reserve(list.position.size());
+    std::copy_n(list.position.data(), list.count, scratch_.position.data());
+    for (size_t each = 0; each < listed_.size(); ++each) column_[listed_[each]] = list.score[each].data();
+    return list.count;
+  }
+
+  Columns opened(int rows) {
+    Columns open{.position = scratch_.open_position.data(), .score = {}};
+    for (int row = 0; row < rows; ++row) open.score[row] = scratch_.open_score[row].data();
+    return open;
+  }
+
   // One query's stages. Candidates are columns: first all positions, then lists, compacted in place.
   void cascade(int64_t row, int64_t query) {
     const Span span(Phase::select);
@@ -95,8 +205,9 @@ class Dense {
     std::copy(call_.stages.begin(), call_.stages.end(), stages_.begin());
     stages_.front().over_bank = false;             // all eligible keys are candidates then
     const size_t decided = rank_bank(row, query);  // no stage over the bank before it needs all similarities
-    int64_t alive = rows_.mark(row, column_[rows_.column(0)]);
-    bool listed = false;
+    bool listed = lists_ && rows_.error(0, query) < hopeless16;
+    if (lists_ && !listed) return exact_.run(exact_.eligible(), 0, *call_.answer);
+    int64_t alive = listed ? take_list(query) : rows_.mark(row, column_[rows_.column(0)]);
     size_t number = 0;
     for (; number < rows_.stages() && alive > (listed && number >= decided ? few : 0); ++number) {
       Stage& stage = stages_[number];
@@ -147,7 +258,7 @@ class Dense {
       if (keep == eligible) continue;
       const int width = width_of(error);
       const Threshold theta =
-          find_threshold(kernels_, score, layout_.positions(), eligible, keep, width / 8, scratch_.middle.data());
+          find_threshold(kernels_, score, rows_.positions(), eligible, keep, width / 8, scratch_.middle.data());
       ranking.low = std::max(theta.low - width + 1, no_score + 1);
       ranking.high = std::min(theta.high + width, 32768);
       scratch_.open_score[0].reserve(rows_.padded());
@@ -155,7 +266,7 @@ class Dense {
       const Columns from{.position = nullptr, .score = {score}};
       const Columns kept{.position = scratch_.position.data(), .score = {scratch_.kept_score.data()}};
       const Columns open{.position = scratch_.open_position.data(), .score = {scratch_.open_score[0].data()}};
-      const Split found = kernels_.split16(from, 0, layout_.positions(), 1, ranking.low, ranking.high, kept, open);
+      const Split found = kernels_.split16(from, 0, rows_.positions(), 1, ranking.low, ranking.high, kept, open);
       const int64_t in = settle(stage, keep, found, 1, kept, open);
       ranking.kept.assign(kept.position + found.kept, kept.position + in);
       std::sort(ranking.kept.begin(), ranking.kept.end());
@@ -188,7 +299,7 @@ class Dense {
     Columns from{.position = listed ? scratch_.position.data() : nullptr, .score = {}};
     Columns open{.position = scratch_.open_position.data(), .score = {}};
     const int rows = columns(number, from, open);
-    const int64_t n = listed ? pad_scores(from.score[0], alive) : layout_.positions();
+    const int64_t n = listed ? pad_scores(from.score[0], alive) : rows_.positions();
     int low = no_score + 1, high = low;
     if (keep < alive) {
       const Threshold theta =
@@ -242,6 +353,7 @@ class Dense {
 
   const MineCall& call_;
   const Kernels& kernels_;
+  bool lists_;  // candidates of the first stage, piece by piece
   ScoreRows rows_;
   const Layout& layout_;
   std::vector<Stage> stages_;  // the call's; `over_bank` is cleared once that is decided for the current query
@@ -249,6 +361,7 @@ class Dense {
   size_t shared_from_;  // the stage from which candidates of many queries are ranked together
   Rescorer rescorer_;
   std::vector<BankRanking> bank_ranking_;  // per bounded stage, for the current query
+  std::vector<size_t> listed_;             // the columns that lists have
   std::vector<int16_t*> column_;           // the current query's scores
   Scratch& scratch_ = kept_scratch;
 };

@@ -286,6 +286,7 @@ const Kernels& avx2_kernels() noexcept {
       .queries16 = 12,
       .least16 = 4,
       .planes16 = false,
+      .piece16 = 8192,
       .count16 = count16,
       .range16 = range16,
       .collect16 = collect16,

@@ -87,6 +87,7 @@ const Kernels& neon_kernels() noexcept {
       .queries16 = 12,
       .least16 = 4,
       .planes16 = false,
+      .piece16 = 8192,
       .count16 = generic::count16,
       .range16 = generic::range16,
       .collect16 = generic::collect16,

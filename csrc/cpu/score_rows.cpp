@@ -22,11 +22,14 @@ ScoreRows::Memory& ScoreRows::kept_memory() {
   return memory;
 }
 
-ScoreRows::ScoreRows(const MineCall& call, std::span<const StagePacks> packed)
+ScoreRows::ScoreRows(const MineCall& call, std::span<const StagePacks> packed, int64_t piece)
     : call_(call),
       kernels_(call.bank->kernels()),
       layout_(packed.front().front()->layout()),
-      padded_(layout_.positions() + room) {
+      piece_(std::max<int64_t>(1, std::min(layout_.blocks, piece))),
+      begin_(0),
+      end_(piece_),
+      padded_(piece_ * layout_.lanes + room) {
   for (size_t stage = 0; stage < packed.size(); ++stage) {
     std::vector<size_t>& sources = sources_.emplace_back();
     for (const Packed16* each : packed[stage]) sources.push_back(source(each, call.stages[stage]));
@@ -102,24 +105,26 @@ void ScoreRows::pack(int64_t first, int64_t count) {
   }
 }
 
-// Every view's scores of all keys. Runs of key blocks stay in the cache while all groups of queries pass over them.
-bool ScoreRows::score(int64_t first, int64_t count) {
+// Every view's scores. Runs of key blocks stay in the cache while all groups of queries pass over them.
+bool ScoreRows::score(int64_t first, int64_t count, int64_t piece) {
   const Span span(Phase::score);
-  pack(first, count);
+  if (piece == 0) pack(first, count);
+  begin_ = piece * piece_;
+  end_ = std::min(layout_.blocks, begin_ + piece_);
   for (size_t view = 0; view < views_.size(); ++view) {
     const Packed16& packed = *views_[view].packed;
     const int64_t block_bytes = packed.steps() * lanes16 * 4;
     const int64_t run = std::max<int64_t>(1, keys_in_cache / block_bytes);
-    for (int64_t start = 0; start < layout_.blocks; start += run) {
+    for (int64_t start = begin_; start < end_; start += run) {
       if (should_stop()) return false;
-      const int64_t stop = std::min(layout_.blocks, start + run);
+      const int64_t stop = std::min(end_, start + run);
       call_.bank->passed((stop - start) * block_bytes);
       const MatrixUnits units(kernels_);
       const int32_t* words = memory_.words[view].data();
       int16_t* out = memory_.rows[view].data();
       for (const int size : groups_) {
-        kernels_.tiles16(words, size, packed.block(start), stop - start, packed.steps(), out + start * lanes16,
-                         padded_);
+        kernels_.tiles16(words, size, packed.block(start), stop - start, packed.steps(),
+                         out + (start - begin_) * lanes16, padded_);
         words += size * packed.query_words();
         out += size * padded_;
       }
@@ -130,19 +135,24 @@ bool ScoreRows::score(int64_t first, int64_t count) {
 }
 
 int64_t ScoreRows::mark(int64_t row, int16_t* score) const {
-  for (int64_t lane = 0; lane < layout_.lanes; ++lane)  // lanes past the last key
-    for (int64_t block = std::max<int64_t>(0, layout_.keys - lane * layout_.blocks); block < layout_.blocks; ++block)
-      score[block * layout_.lanes + lane] = no_score;
-  int64_t left = layout_.keys;
-  const auto drop = [&](int64_t slot) {
-    score[layout_.position(slot)] = no_score;
+  int64_t left = positions();
+  const auto drop_at = [&](int64_t block, int64_t lane) {
+    score[(block - begin_) * layout_.lanes + lane] = no_score;
     --left;
   };
+  const auto drop = [&](int64_t slot) {
+    const int64_t block = slot % layout_.blocks;
+    if (block >= begin_ && block < end_) drop_at(block, slot / layout_.blocks);
+  };
+  for (int64_t lane = 0; lane < layout_.lanes; ++lane)  // lanes past the last key
+    for (int64_t block = std::max(begin_, layout_.keys - lane * layout_.blocks); block < end_; ++block)
+      drop_at(block, lane);
   const Exclusion& exclude = *call_.exclude;
   if (exclude.mask != nullptr) {
     const bool* mask = exclude.mask + row * layout_.keys;
-    for (int64_t slot = 0; slot < layout_.keys; ++slot)
-      if (mask[slot]) drop(slot);
+    for (int64_t lane = 0; lane < layout_.lanes; ++lane)
+      for (int64_t block = begin_; block < std::min(end_, layout_.keys - lane * layout_.blocks); ++block)
+        if (mask[lane * layout_.blocks + block]) drop_at(block, lane);
   } else if (exclude.query_video != nullptr) {
     call_.bank->videos().each(exclude.query_video[row], drop);
   }
@@ -187,8 +197,7 @@ double ScoreRows::fuse_row(const std::vector<size_t>& sources, bool smaller, int
     offset.push_back(static_cast<float>(unit * constant[i]));
     rows.push_back(memory_.rows[sources[i]].data() + query * padded_);
   }
-  kernels_.fuse16(rows.data(), gain.data(), offset.data(), static_cast<int>(rows.size()), smaller, layout_.positions(),
-                  out);
+  kernels_.fuse16(rows.data(), gain.data(), offset.data(), static_cast<int>(rows.size()), smaller, positions(), out);
   return error;
 }
 

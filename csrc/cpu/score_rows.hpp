@@ -1,5 +1,5 @@
 // The 16-bit scores of all keys for a few queries at a time, a row a query: what stages that keep a large share work
-// on.
+// on. Or of one piece of the keys after the other, for a first stage that keeps few of them.
 //
 // There is a column of rows for each distinct packed view, once more where a `zsum` weighs its queries, and after those
 // one for each stage of several (`min`, `max`). Such a stage's views are brought to one unit and fused: the smaller or
@@ -20,12 +20,16 @@ constexpr double hopeless16 = 4096;  // an error in score units with which the b
 class ScoreRows {
  public:
   // `packed` as in `dense_queries`. Rows are kept by the thread from call to call, unless they are uncommonly large.
-  ScoreRows(const MineCall& call, std::span<const StagePacks> packed);
+  // A row has `piece` blocks of keys, or all.
+  ScoreRows(const MineCall& call, std::span<const StagePacks> packed, int64_t piece = all_blocks);
   ~ScoreRows();
   ScoreRows(const ScoreRows&) = delete;
   ScoreRows& operator=(const ScoreRows&) = delete;
 
+  static constexpr int64_t all_blocks = int64_t{1} << 40;
+
   const Layout& layout() const { return layout_; }
+  int64_t pieces() const { return (layout_.blocks + piece_ - 1) / piece_; }
   int64_t padded() const { return padded_; }    // a row's length with the room that kernels write past the end
   int64_t at_once() const { return at_once_; }  // queries that one `score` may take
   bool are_kept() const { return are_kept_; }
@@ -33,10 +37,12 @@ class ScoreRows {
   size_t stages() const { return column_.size(); }
   size_t column(size_t stage) const { return column_[stage]; }
 
-  // Scores the queries [first, first + count); false where the call is to stop.
-  bool score(int64_t first, int64_t count);
+  // Scores the queries [first, first + count) with a piece's keys, the pieces in turn; false where the call is to stop.
+  bool score(int64_t first, int64_t count, int64_t piece = 0);
+  uint32_t first_position() const { return static_cast<uint32_t>(begin_ * layout_.lanes); }  // of the piece scored last
+  int64_t positions() const { return (end_ - begin_) * layout_.lanes; }                      //
 
-  // Marks what is no candidate for a query in scores of all keys; returns how many candidates are left.
+  // Marks what is no candidate for a query in its scores; returns how many candidates are left.
   int64_t mark(int64_t row, int16_t* score) const;
 
   // Of the query first + `query`: its scores [positions], and by how much a stage's may be off.
@@ -66,6 +72,8 @@ class ScoreRows {
   const MineCall& call_;
   const Kernels& kernels_;
   Layout layout_;
+  int64_t piece_;          // blocks
+  int64_t begin_, end_;    // blocks
   int64_t padded_;
   std::vector<Source> views_;
   std::vector<size_t> column_;                // per bounded stage
