@@ -137,9 +137,15 @@ def engine_step(problem: Problem) -> tuple[Callable[[int], object], list[Any]]:
     queue.push({view: torch.from_numpy(keys) for view, keys in problem.keys.items()}, problem.video_id)
     plan, answers = problem.case.parsed, list[Any]()
     batches = list(map(_Encoded.of, problem.batches))
-    pushed = {view: torch.from_numpy(keys).split(problem.case.queries) for view, keys in problem.keys.items()}
-    videos = torch.from_numpy(problem.video_id).split(problem.case.queries)
-    turns = itertools.cycle(range(len(videos)))
+    size = problem.case.queries
+    pushed = [
+        (
+            {view: torch.from_numpy(keys[i : i + size]) for view, keys in problem.keys.items()},
+            problem.video_id[i : i + size],
+        )
+        for i in range(0, problem.case.keys, size)
+    ]
+    turns = itertools.cycle(pushed)
 
     def step(number: int) -> None:
         batch, bank = batches[number % len(batches)], queue.bank()
@@ -150,8 +156,7 @@ def engine_step(problem: Problem) -> tuple[Callable[[int], object], list[Any]]:
         )
         batch.query.grad = None
         loss.backward()  # type: ignore[no-untyped-call]
-        turn = next(turns)
-        queue.push({view: keys[turn] for view, keys in pushed.items()}, videos[turn])
+        queue.push(*next(turns))
 
     return step, answers
 

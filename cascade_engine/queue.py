@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -97,7 +97,7 @@ class KeyQueue:
                 infinity. Nothing is changed then.
         """
         with phase("push"):
-            rows = self._check(keys)
+            checked, rows = self._checked(keys)
             columns = {
                 "video_id": _column(video_id, "video_id", rows),
                 "clip_id": None if clip_id is None else _column(clip_id, "clip_id", rows),
@@ -106,7 +106,7 @@ class KeyQueue:
             storage = self._storage or self._allocated(next(iter(keys.values())))
             engine = _engine(storage)
             if engine is None:
-                known = self._write(storage, keys, columns, rows)
+                known = self._write(storage, checked, columns, rows)
             else:
                 known = self._launch(engine, storage, keys, columns, rows)
             self._storage = storage
@@ -125,9 +125,8 @@ class KeyQueue:
         for slots, taken in self._pieces(rows):
             for name, values in batch.items():
                 targets[name][slots] = values if isinstance(values, int) else values[taken]
-        for values in storage.values():
-            if is_torch(values) and not values.is_inference():
-                _tell_autograd(values)
+        if is_torch(next(iter(storage.values()))):
+            _tell_autograd(storage.values())
         return []
 
     def _launch(
@@ -233,15 +232,18 @@ class KeyQueue:
         self.pushed = max(self.pushed, state["pushed"]) + 1
         self._overwritten_at = self.pushed
 
-    def _check(self, keys: Mapping[str, Array]) -> int:
+    def _checked(self, keys: Mapping[str, Array]) -> tuple[dict[str, Any], int]:
+        """The batch, as host matrices where it is on the host, and its rows."""
         if set(keys) != set(self.dims):
             raise InvalidInput(f"keys: expected the views {', '.join(self.dims)}, got {', '.join(keys) or 'none'}")
         rows: int | None = None
+        checked: dict[str, Any] = {}
         for view, value in keys.items():
             name, width = f'keys["{view}"]', self.dims[view]
+            checked[view] = value
             if device_of(value) == "cpu":
-                matrix = feature_matrix(value, name, columns=width)
-                require_finite(matrix, name)
+                checked[view] = feature_matrix(value, name, columns=width)
+                require_finite(checked[view], name)
             elif value.ndim != 2 or value.shape[1] != width or dtype_name(value) not in FEATURE_DTYPES:
                 got = f"{tuple(value.shape)} {dtype_name(value)}"
                 raise InvalidInput(f"{name}: expected (N, {width}) float32, float16 or bfloat16, got {got}")
@@ -250,7 +252,7 @@ class KeyQueue:
                     f"{name}: expected ({rows}, {width}) as the first view has, got {tuple(value.shape)}"
                 )
             rows = len(value)
-        return rows or 0
+        return checked, rows or 0
 
     def _allocated(self, template: object) -> dict[str, Any]:
         """Empty storage: tensors where the queue has a device or `template` is a tensor, else NumPy arrays."""
@@ -313,11 +315,13 @@ def _host_of(values: Any) -> Any:
     return to_host(values, "storage") if device_of(values) == "cpu" else values
 
 
-def _tell_autograd(values: Any) -> None:
-    """Let a backward pass that saved this tensor know that it was changed."""
+def _tell_autograd(changed: Iterable[Any]) -> None:
+    """Let a backward pass that saved one of these tensors know that it was changed."""
     import torch
 
-    torch.autograd.graph.increment_version(values)
+    for values in changed:
+        if not values.is_inference():
+            torch.autograd.graph.increment_version(values)
 
 
 def _assignable(value: Any, target: Any, name: str) -> Any:

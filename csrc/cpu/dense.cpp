@@ -8,9 +8,9 @@
 // and only the band between is ranked by the contract's float64 similarities. Survivors carry the scores of the views
 // that later stages need, so every view is scored once, in tiles that stream through the cache.
 //
-// Where the first stage keeps few of many keys, its scores need not be there all at once: of one piece of the bank after
-// the other, candidates are listed that reach the threshold among those listed before, less w. That threshold only
-// grows, so none is missed that the last one admits, and what a thread holds does not depend on K.
+// Where the first stage keeps few of many keys, its scores need not be there all at once: of one piece of the bank
+// after the other, candidates are listed that reach the threshold among those listed before, less w. That threshold
+// only grows, so none is missed that the last one admits, and what a thread holds does not depend on K.
 //
 // A stage over the bank (`@bank`) is decided before candidates are lost: its threshold and its band are found among all
 // eligible keys, and when its turn comes candidates are held against them.
@@ -30,9 +30,9 @@ namespace {
 constexpr int64_t few = 24;            // so few candidates are ranked exactly at once
 constexpr int64_t worth_sharing = 64;  // candidates of a query: their rows are then other queries' too
 
-constexpr int64_t many_pieces = 4;     // a bank of fewer is scored at once
-constexpr int64_t share_listed = 16;   // a first stage that keeps one key in so many at most has its candidates listed
-constexpr int64_t share_more = 8;      // of a piece: candidates that a list takes on before its threshold is found anew
+constexpr int64_t many_pieces = 4;    // a bank of fewer is scored at once
+constexpr int64_t share_listed = 16;  // a first stage that keeps one key in so many at most has its candidates listed
+constexpr int64_t share_more = 8;     // of a piece: candidates that a list takes on before its threshold is found anew
 
 struct Open {
   Ranked ranked;
@@ -156,8 +156,9 @@ class Dense {
     rows_.mark(row, from.score[0]);
     list.reserve(std::max(list.count, limit(list)) + rows_.padded(), rows);
     const Columns kept = list.columns(list.count, rows), open = opened(rows);
-    list.count += kernels_.split16(from, rows_.first_position(), rows_.positions(), rows, list.least, list.least, kept,
-                                   open).kept;
+    list.count +=
+        kernels_.split16(from, rows_.first_position(), rows_.positions(), rows, list.least, list.least, kept, open)
+            .kept;
     if (list.count > limit(list)) tighten(list, query);
   }
 

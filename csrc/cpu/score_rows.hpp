@@ -72,8 +72,8 @@ class ScoreRows {
   const MineCall& call_;
   const Kernels& kernels_;
   Layout layout_;
-  int64_t piece_;          // blocks
-  int64_t begin_, end_;    // blocks
+  int64_t piece_;        // blocks
+  int64_t begin_, end_;  // blocks
   int64_t padded_;
   std::vector<Source> views_;
   std::vector<size_t> column_;                // per bounded stage
