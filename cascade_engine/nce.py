@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,16 +31,50 @@ TILE_VALUES = 1 << 19  # scores held at a time, 2 MiB; 2^18 to 2^20 were equally
 GATHERED_VALUES = 1 << 19  # values of the rows of P's keys gathered at a time
 
 
+class NceCall(NamedTuple):
+    """The operator's arguments.
+
+    Args:
+        query: (B, D) float32 or float64.
+        own: (B, D), each query's own key, of the same type.
+        keys: (K, D), any float type.
+        mined: (B, k) int64 slots; -1 is none, duplicates count once, siblings are siblings first.
+        query_video: (B,) int64 ids that make keys of the same id siblings, or (0,): there are none.
+        key_video: (K,) int64, or (0,).
+        siblings: what they are, as a place in SIBLINGS.
+        drop: (B,) bool: the own key leaves P where P has another member; or (0,): nowhere.
+        temperature: what scores are divided by.
+        own_positive: the own key is a member of P.
+        mean_log: the loss is the mean of the members' logarithms, not that of their sum.
+        for_query: the gradient by `query` is wanted.
+        for_own: that by `own`.
+    """
+
+    query: Tensor
+    own: Tensor
+    keys: Tensor
+    mined: Tensor
+    query_video: Tensor
+    key_video: Tensor
+    siblings: int
+    drop: Tensor
+    temperature: float
+    own_positive: bool
+    mean_log: bool
+    for_query: bool
+    for_own: bool
+
+
 @torch.library.custom_op("cascade_engine::nce", mutates_args=())
 def nce(
-    query: Tensor,  # (B, D) float32 or float64
-    own: Tensor,  # (B, D) each query's own key, of the same type
-    keys: Tensor,  # (K, D), any float type
-    mined: Tensor,  # (B, k) int64 slots; -1 is none, duplicates count once, siblings are siblings first
-    query_video: Tensor,  # (B,) int64 ids that make keys of the same id siblings, or (0,): there are none
-    key_video: Tensor,  # (K,) int64, or (0,)
-    siblings: int,  # what they are, as a place in SIBLINGS
-    drop: Tensor,  # (B,) bool: the own key leaves P where P has another member; or (0,): nowhere
+    query: Tensor,
+    own: Tensor,
+    keys: Tensor,
+    mined: Tensor,
+    query_video: Tensor,
+    key_video: Tensor,
+    siblings: int,
+    drop: Tensor,
     temperature: float,
     own_positive: bool,
     mean_log: bool,
@@ -55,20 +89,21 @@ def nce(
     Raises:
         InvalidInput: on a CPU, a slot of `mined` is not one of the keys'.
     """
-    arguments = (query, own, keys, mined, query_video, key_video, siblings, drop)
-    return _run(*arguments, temperature, own_positive, mean_log, for_query, for_own)
+    tensors = (query, own, keys, mined, query_video, key_video, siblings, drop)
+    return _run(NceCall(*tensors, temperature, own_positive, mean_log, for_query, for_own))
 
 
-def _run(query: Tensor, own: Tensor, keys: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    stored = query.dtype == torch.float32 and keys.dtype != torch.float64
-    if stored and query.device.type == "cpu" and cpu.unavailable() is None:
-        return _on_cpu(query, own, keys, *rest)
-    if stored and query.device.type == "cuda" and cuda.unavailable() is None:
-        return mean_of(cuda.engine().contrast, query, own, keys, *rest)
-    if query.device.type == "cpu":
-        _require_slots(rest[0], keys)
-    with torch.autocast(query.device.type, enabled=False):  # the products are of the query's own type
-        return mean_of(_by_query, query, own, keys, *rest)
+def _run(call: NceCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    device = call.query.device.type
+    stored = call.query.dtype == torch.float32 and call.keys.dtype != torch.float64
+    if stored and device == "cpu" and cpu.unavailable() is None:
+        return _on_cpu(call)
+    if stored and device == "cuda" and cuda.unavailable() is None:
+        return mean_of(cuda.engine().contrast, call)
+    if device == "cpu":
+        _require_slots(call.mined, call.keys)
+    with torch.autocast(device, enabled=False):  # the products are of the query's own type
+        return mean_of(_by_query, call)
 
 
 @nce.register_fake
@@ -93,7 +128,7 @@ def nce_now(fresh: Callable[[], None], *arguments: Any) -> Tensor:
 class _Now(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, fresh: Callable[[], None], *arguments: Any) -> Tensor:
-        output = _run(*arguments)
+        output = _run(NceCall(*arguments))
         ctx.fresh = fresh
         ctx.save_for_backward(*output[1:])
         return output[0]
@@ -126,41 +161,27 @@ def _gradients(grad: Tensor, needed: Sequence[bool], divisor: Tensor, *to: Tenso
 nce.register_autograd(_differentiate, setup_context=_remember)
 
 
-def _on_cpu(
-    query: Tensor,
-    own: Tensor,
-    keys: Tensor,
-    mined: Tensor,
-    query_video: Tensor,
-    key_video: Tensor,
-    siblings: int,
-    drop: Tensor,
-    temperature: float,
-    own_positive: bool,
-    mean_log: bool,
-    for_query: bool,
-    for_own: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _on_cpu(call: NceCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The operator in C++."""
-    known = len(query_video) > 0
+    known = len(call.query_video) > 0
     try:
         found = cpu.contrast(
-            query.detach().contiguous().numpy(),
-            own.detach().contiguous().numpy(),
-            to_host(keys, "keys"),
-            mined.contiguous().numpy(),
-            query_video.contiguous().numpy() if known else None,
-            key_video.contiguous().numpy() if known else None,
-            siblings,
-            drop.contiguous().numpy() if len(drop) else None,
-            temperature=temperature,
-            own_positive=own_positive,
-            mean_log=mean_log,
-            for_query=for_query,
-            for_own=for_own,
+            call.query.detach().contiguous().numpy(),
+            call.own.detach().contiguous().numpy(),
+            to_host(call.keys, "keys"),
+            call.mined.contiguous().numpy(),
+            call.query_video.contiguous().numpy() if known else None,
+            call.key_video.contiguous().numpy() if known else None,
+            call.siblings,
+            call.drop.contiguous().numpy() if len(call.drop) else None,
+            temperature=call.temperature,
+            own_positive=call.own_positive,
+            mean_log=call.mean_log,
+            for_query=call.for_query,
+            for_own=call.for_own,
         )
     except IndexError:
-        _require_slots(mined, keys)  # tells which
+        _require_slots(call.mined, call.keys)  # tells which
         raise
     loss, divisor, to_query, to_own = map(torch.from_numpy, found)
     return loss, divisor, to_query, to_own
@@ -173,45 +194,33 @@ def _require_slots(mined: Tensor, keys: Tensor) -> None:
 
 
 def mean_of(
-    contrast: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]],
-    query: Tensor,
-    own: Tensor,
-    keys: Tensor,
-    mined: Tensor,
-    query_video: Tensor,
-    key_video: Tensor,
-    siblings: int,
-    drop: Tensor,
-    temperature: float,
-    own_positive: bool,
-    mean_log: bool,
-    for_query: bool,
-    for_own: bool,
+    contrast: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]], call: NceCall
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The operator by a `contrast` that gives losses (B,), gradients by query and by own score, and whose P counts.
 
     Waits for no GPU.
     """
+    query, own = call.query, call.own
     each, to_query, to_score, counted = contrast(
         query,
-        (query * own).sum(1) / temperature,
-        keys,
-        _distinct(mined, query_video, key_video),
-        query_video,
-        key_video,
-        siblings,
-        drop if len(drop) else drop.new_zeros(len(query)),
-        temperature=temperature,
-        own_positive=own_positive,
-        mean_log=mean_log,
-        differentiate=for_query or for_own,
+        (query * own).sum(1) / call.temperature,
+        call.keys,
+        _distinct(call.mined, call.query_video, call.key_video),
+        call.query_video,
+        call.key_video,
+        call.siblings,
+        call.drop if len(call.drop) else call.drop.new_zeros(len(query)),
+        temperature=call.temperature,
+        own_positive=call.own_positive,
+        mean_log=call.mean_log,
+        differentiate=call.for_query or call.for_own,
     )
-    divisor, to_score = counted.sum().double().clamp(min=1), to_score[:, None] / temperature
+    divisor, to_score = counted.sum().double().clamp(min=1), to_score[:, None] / call.temperature
     return (
         (each.sum() / divisor).to(query.dtype),
         divisor.to(query.dtype),
-        to_query.addcmul_(to_score, own) if for_query else query.new_empty(0),
-        to_score * query if for_own else query.new_empty(0),
+        to_query.addcmul_(to_score, own) if call.for_query else query.new_empty(0),
+        to_score * query if call.for_own else query.new_empty(0),
     )
 
 

@@ -25,7 +25,7 @@ import cascade_engine as ce
 from cascade_engine import queue as queues
 from cascade_engine.kernels import Exclusion, MineRequest, Selection, SelectRequest
 from cascade_engine.kernels.cuda import Engine
-from cascade_engine.nce import mean_of
+from cascade_engine.nce import NceCall, mean_of
 from cascade_engine.tensor import like
 
 ROOT = Path(__file__).parents[1]
@@ -122,7 +122,7 @@ def loss_operator(native: ModuleType, **limits: int) -> Callable[..., torch.Tens
     class Operator(torch.autograd.Function):
         @staticmethod
         def forward(ctx, _fresh, *arguments):
-            out = mean_of(Engine(native, **limits).contrast, *arguments)
+            out = mean_of(Engine(native, **limits).contrast, NceCall(*arguments))
             ctx.save_for_backward(*out[1:])
             return out[0]
 
