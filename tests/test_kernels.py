@@ -189,6 +189,26 @@ def test_a_few_of_a_bank_large_enough_for_8_bits_everywhere(family, text):
             np.testing.assert_array_equal(found.similarity, want.similarity)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_large_bank_is_searched_piece_by_piece(masked):
+    rng = np.random.default_rng(6)
+    keys, size, batch = 40_000, {"a": 16, "b": 5}, 20
+    features = {view: rng.standard_normal((keys, dim)).astype(np.float32) for view, dim in size.items()}
+    features["a"][::3] = np.round(features["a"][::3])  # ties
+    queries = {view: rng.standard_normal((batch, dim)).astype(np.float32) for view, dim in size.items()}
+    queries["a"][0] = 0  # nothing but ties
+    bank = ce.Bank(features, video_id=rng.integers(0, 100, keys))
+    exclude = rng.random((batch, keys)) < 0.5 if masked else rng.integers(0, 100, batch)
+    plan = ce.CascadePlan.parse("a:2000,b:50,a:7")
+    want = ce.mine(plan, queries, bank, exclude, backend="reference")
+    for name in ISAS:
+        with isa(name):
+            fresh = ce.Bank(features, video_id=bank.video_id)
+            found = ce.mine(plan, queries, fresh, exclude, backend="cpu")
+            np.testing.assert_array_equal(found.index, want.index)
+            np.testing.assert_array_equal(found.similarity, want.similarity)
+
+
 def test_an_unknown_or_missing_isa_is_refused():
     bank, plan = ce.Bank({"a": np.ones((3, 2), np.float32)}), ce.CascadePlan.parse("a:1")
     with isa("mmx"), pytest.raises(BackendUnavailable, match="CASCADE_ISA=mmx: expected one of"):
@@ -347,7 +367,8 @@ import torch
 torch.set_num_threads(1)
 keys, queries = rng.standard_normal((1 << 18, 64), np.float32), rng.standard_normal((768, 64), np.float32)
 bank, small = ce.Bank({"a": keys}), ce.Bank({"a": keys[:3000]})
-plans = [(ce.CascadePlan.parse("a:10"), 768), (ce.CascadePlan.parse("a:50%,a:2000"), 48)]
+plans = [(ce.CascadePlan.parse("a:10"), 768), (ce.CascadePlan.parse("a:50%,a:2000"), 48),
+         (ce.CascadePlan.parse("a:2000"), 96)]
 def mine(plan, rows, bank):
     return ce.mine(plan, {"a": queries[:rows]}, bank, backend="cpu").index
 want, inner, came = [mine(*plan, bank) for plan in plans], mine(*plans[0], small), []

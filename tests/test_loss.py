@@ -432,6 +432,10 @@ BAD = {
     "key shape": ({"key": torch.ones(2, 4)}, r"key: expected \(3, 4\)"),
     "positives rows": ({"index": torch.zeros(2, 2, dtype=torch.int64)}, r"positives.index: expected \(3, k\)"),
     "positives slot": ({"index": torch.full((3, 2), 9)}, "positives.index: expected slots under 9, got 9"),
+    "positives slot, float64": (
+        {"query": GOOD["query"].double(), "key": GOOD["key"].double(), "index": torch.full((3, 2), 9)},
+        "positives.index: expected slots under 9, got 9",
+    ),
     "positives type": ({"index": torch.zeros(3, 2)}, "positives.index: expected integers"),
     "view": ({"view": "audio"}, "view: expected one of rgb, flow, got 'audio'"),
     "no view": ({"view": None}, "view: expected one of rgb, flow, got none"),

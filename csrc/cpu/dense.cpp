@@ -1,4 +1,4 @@
-// Stages that keep a large share, on 16-bit scores.
+// Stages on 16-bit scores: those that keep a large share, and what 8 bits are not used for.
 //
 // A tile's score v stands for a true score s (in its units, monotone in the contract's) with v - e <= s <= v + 1 + e, e
 // certified per query (packed.hpp). With w > 1 + 2 e, v_a >= v_b + w proves that a comes before b. Let theta be the
@@ -10,7 +10,8 @@
 //
 // Where the first stage keeps few of many keys, its scores need not be there all at once: of one piece of the bank
 // after the other, candidates are listed that reach the threshold among those listed before, less w. That threshold
-// only grows, so none is missed that the last one admits, and what a thread holds does not depend on K.
+// only grows, so none is missed that the last one admits, and what a thread holds depends on what the stage keeps, not
+// on K. Where nothing can be ruled out, as among equal scores, a list is given up and its query takes the exact path.
 //
 // A stage over the bank (`@bank`) is decided before candidates are lost: its threshold and its band are found among all
 // eligible keys, and when its turn comes candidates are held against them.
@@ -32,7 +33,8 @@ constexpr int64_t worth_sharing = 64;  // candidates of a query: their rows are 
 
 constexpr int64_t many_pieces = 4;    // a bank of fewer is scored at once
 constexpr int64_t share_listed = 16;  // a first stage that keeps one key in so many at most has its candidates listed
-constexpr int64_t share_more = 8;     // of a piece: candidates that a list takes on before its threshold is found anew
+constexpr int64_t share_first = 8;    // of a piece: candidates that a list has, at least, when its threshold is found
+constexpr int64_t share_lost = 4;     // of the bank: a list that is longer even then is given up
 
 struct Open {
   Ranked ranked;
@@ -43,12 +45,16 @@ struct Open {
 struct List {
   Buffer<uint32_t> position;
   std::vector<Buffer<int16_t>> score;  // of each column
-  int64_t count = 0, tightened_at = 0;
+  std::vector<int64_t> of_video;       // positions that are no candidates
+  int64_t count = 0, limit = 0;        // the threshold is found anew beyond
   int least = no_score + 1;
+  bool is_lost = false;
 
-  void start() {
-    count = tightened_at = 0;
+  void start(int64_t first_limit) {
+    count = 0;
+    limit = first_limit;
     least = no_score + 1;
+    is_lost = false;
   }
   void reserve(int64_t size, int rows) {
     const auto grow = [&](auto& buffer) {
@@ -92,7 +98,9 @@ class Dense {
       : call_(call),
         kernels_(call.bank->kernels()),
         lists_(is_worth_listing(call)),
-        rows_(call, packed, lists_ ? kernels_.piece16 / lanes16 : ScoreRows::all_blocks),
+        first_limit_(2 * std::max(call.stages[0].keep, kernels_.piece16 / share_first)),
+        rows_(call, packed, lists_ ? kernels_.piece16 / lanes16 : ScoreRows::all_blocks,
+              lists_ ? first_limit_ + kernels_.piece16 : 0),
         layout_(rows_.layout()),
         stages_(call.stages.begin(), call.stages.end()),
         exact_(stages_, static_cast<int64_t>(call.bank->views().size()), call.bank->size(), call.weights),
@@ -118,8 +126,10 @@ class Dense {
   void run(int64_t begin, int64_t end) {
     for (int64_t first = begin; first < end && !should_stop(); first += rows_.at_once()) {
       const int64_t count = std::min(rows_.at_once(), end - first);
-      if (lists_)
-        for (int64_t i = 0; i < count; ++i) scratch_.lists[i].start();
+      for (int64_t i = 0; i < count && lists_; ++i) {
+        scratch_.lists[i].start(first_limit_);
+        rows_.find_video(first + i, scratch_.lists[i].of_video);
+      }
       for (int64_t piece = 0; piece < rows_.pieces(); ++piece) {
         if (!rows_.score(first, count, piece)) return;
         for (int64_t i = 0; i < count && lists_; ++i) list(first + i, i);
@@ -148,42 +158,39 @@ class Dense {
   // Lists a query's candidates of the piece that was scored last.
   void list(int64_t row, int64_t query) {
     const Span span(Phase::select);
-    if (!(rows_.error(0, query) < hopeless16)) return;
     const int rows = static_cast<int>(listed_.size());
     List& list = scratch_.lists[query];
+    list.is_lost = list.is_lost || !(rows_.error(0, query) < hopeless16);
+    if (list.is_lost) return;
     Columns from{.position = nullptr, .score = {}};
     for (int each = 0; each < rows; ++each) from.score[each] = rows_.row(listed_[each], query);
-    rows_.mark(row, from.score[0]);
-    list.reserve(std::max(list.count, limit(list)) + rows_.padded(), rows);
+    rows_.mark(row, from.score[0], list.of_video);
+    list.reserve(list.limit + rows_.padded(), rows);
     const Columns kept = list.columns(list.count, rows), open = opened(rows);
     list.count +=
         kernels_.split16(from, rows_.first_position(), rows_.positions(), rows, list.least, list.least, kept, open)
             .kept;
-    if (list.count > limit(list)) tighten(list, query);
-  }
-
-  int64_t limit(const List& list) const {
-    const int64_t keep = call_.stages[0].keep;
-    return std::max(keep, list.tightened_at) + std::max(keep, kernels_.piece16 / share_more);
+    if (list.count > list.limit) tighten(list, query);
   }
 
   // Finds the threshold anew and drops what is below.
   void tighten(List& list, int64_t query) {
     const int rows = static_cast<int>(listed_.size()), width = width_of(rows_.error(0, query));
-    reserve(list.position.size());
+    reserve(list.count + 3 * lanes16);
     const Columns all = list.columns(0, rows);
     const int64_t n = pad_scores(all.score[0], list.count);
     const Threshold theta =
         find_threshold(kernels_, all.score[0], n, list.count, call_.stages[0].keep, width / 8, scratch_.middle.data());
     list.least = std::max(theta.low - width + 1, no_score + 1);
     list.count = kernels_.split16(all, 0, n, rows, list.least, list.least, all, opened(rows)).kept;
-    list.tightened_at = list.count;
+    list.limit = std::max(first_limit_, 2 * list.count);
+    list.is_lost = list.count > layout_.keys / share_lost;
   }
 
   // Makes a query's list the candidates that stages go on with; returns how many they are.
   int64_t take_list(int64_t query) {
     List& list = scratch_.lists[query];
-    reserve(list.position.size());
+    reserve(list.count + 3 * lanes16);
     std::copy_n(list.position.data(), list.count, scratch_.position.data());
     for (size_t each = 0; each < listed_.size(); ++each) column_[listed_[each]] = list.score[each].data();
     return list.count;
@@ -206,7 +213,7 @@ class Dense {
     std::copy(call_.stages.begin(), call_.stages.end(), stages_.begin());
     stages_.front().over_bank = false;             // all eligible keys are candidates then
     const size_t decided = rank_bank(row, query);  // no stage over the bank before it needs all similarities
-    bool listed = lists_ && rows_.error(0, query) < hopeless16;
+    bool listed = lists_ && !scratch_.lists[query].is_lost;
     if (lists_ && !listed) return exact_.run(exact_.eligible(), 0, *call_.answer);
     int64_t alive = listed ? take_list(query) : rows_.mark(row, column_[rows_.column(0)]);
     size_t number = 0;
@@ -354,7 +361,8 @@ class Dense {
 
   const MineCall& call_;
   const Kernels& kernels_;
-  bool lists_;  // candidates of the first stage, piece by piece
+  bool lists_;           // candidates of the first stage, piece by piece
+  int64_t first_limit_;  // of a list
   ScoreRows rows_;
   const Layout& layout_;
   std::vector<Stage> stages_;  // the call's; `over_bank` is cleared once that is decided for the current query

@@ -49,8 +49,9 @@ using StagePacks = std::vector<const Packed16*>;
 // [begin, end) are the queries; rows that the bound cannot help are returned, unanswered.
 std::vector<int64_t> stream_queries(const MineCall& call, const Packed8& packed, int64_t begin, int64_t end);
 
-// 16-bit scores of all keys side by side: for stages that keep a large share, and those over the bank. `packed` has one
-// entry for each of the first stages that are boundable.
+// 16-bit scores of all keys: side by side for stages that keep a large share and those over the bank, or a piece of the
+// bank after the other for a first stage that keeps few. `packed` has one entry for each of the first stages that are
+// boundable.
 void dense_queries(const MineCall& call, std::span<const StagePacks> packed, int64_t begin, int64_t end);
 
 // 16-bit scores of all keys bound their ranks: for a first stage by `rrf` that keeps few of many. `packed` has one

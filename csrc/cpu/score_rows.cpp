@@ -22,7 +22,7 @@ ScoreRows::Memory& ScoreRows::kept_memory() {
   return memory;
 }
 
-ScoreRows::ScoreRows(const MineCall& call, std::span<const StagePacks> packed, int64_t piece)
+ScoreRows::ScoreRows(const MineCall& call, std::span<const StagePacks> packed, int64_t piece, int64_t listed)
     : call_(call),
       kernels_(call.bank->kernels()),
       layout_(packed.front().front()->layout()),
@@ -41,7 +41,8 @@ ScoreRows::ScoreRows(const MineCall& call, std::span<const StagePacks> packed, i
   at_least(memory_.errors, columns_);
   at_least(memory_.words, views_.size());
   at_least(memory_.queries, views_.size());
-  const int64_t row_bytes = padded_ * static_cast<int64_t>(sizeof(int16_t) * columns_);
+  const auto scores_bytes = static_cast<int64_t>(sizeof(int16_t) * columns_);
+  const int64_t row_bytes = padded_ * scores_bytes + listed * (scores_bytes + static_cast<int64_t>(sizeof(uint32_t)));
   const int64_t least = kernels_.least16;
   at_once_ = std::clamp<int64_t>(scores_in_cache / row_bytes / least * least, least, most_at_once);
   if (row_bytes * at_once_ > 8 * scores_in_cache) at_once_ = least;
@@ -135,26 +136,48 @@ bool ScoreRows::score(int64_t first, int64_t count, int64_t piece) {
 }
 
 int64_t ScoreRows::mark(int64_t row, int16_t* score) const {
-  int64_t left = positions();
-  const auto drop_at = [&](int64_t block, int64_t lane) {
-    score[(block - begin_) * layout_.lanes + lane] = no_score;
-    --left;
-  };
-  const auto drop = [&](int64_t slot) {
-    const int64_t block = slot % layout_.blocks;
-    if (block >= begin_ && block < end_) drop_at(block, slot / layout_.blocks);
-  };
-  for (int64_t lane = 0; lane < layout_.lanes; ++lane)  // lanes past the last key
-    for (int64_t block = std::max(begin_, layout_.keys - lane * layout_.blocks); block < end_; ++block)
-      drop_at(block, lane);
+  int64_t left = mark_others(row, score);
   const Exclusion& exclude = *call_.exclude;
-  if (exclude.mask != nullptr) {
-    const bool* mask = exclude.mask + row * layout_.keys;
-    for (int64_t lane = 0; lane < layout_.lanes; ++lane)
-      for (int64_t block = begin_; block < std::min(end_, layout_.keys - lane * layout_.blocks); ++block)
-        if (mask[lane * layout_.blocks + block]) drop_at(block, lane);
-  } else if (exclude.query_video != nullptr) {
-    call_.bank->videos().each(exclude.query_video[row], drop);
+  if (exclude.mask == nullptr && exclude.query_video != nullptr)
+    call_.bank->videos().each(exclude.query_video[row], [&](int64_t slot) {
+      const int64_t at = layout_.position(slot) - first_position();
+      if (at < 0 || at >= positions()) return;
+      score[at] = no_score;
+      --left;
+    });
+  return left;
+}
+
+void ScoreRows::mark(int64_t row, int16_t* score, std::span<const int64_t> of_video) const {
+  mark_others(row, score);
+  const int64_t first = first_position(), end = first + positions();
+  for (auto each = std::lower_bound(of_video.begin(), of_video.end(), first); each != of_video.end() && *each < end;
+       ++each)
+    score[*each - first] = no_score;
+}
+
+void ScoreRows::find_video(int64_t row, std::vector<int64_t>& positions) const {
+  positions.clear();
+  const Exclusion& exclude = *call_.exclude;
+  if (exclude.mask != nullptr || exclude.query_video == nullptr) return;
+  call_.bank->videos().each(exclude.query_video[row],
+                            [&](int64_t slot) { positions.push_back(layout_.position(slot)); });
+  std::sort(positions.begin(), positions.end());
+}
+
+// Marks lanes past the last key and keys that a mask excludes; returns how many are left.
+int64_t ScoreRows::mark_others(int64_t row, int16_t* score) const {
+  int64_t left = positions();
+  const bool* const mask = call_.exclude->mask == nullptr ? nullptr : call_.exclude->mask + row * layout_.keys;
+  for (int64_t lane = 0; lane < layout_.lanes; ++lane) {
+    const int64_t first = lane * layout_.blocks, there = std::clamp(layout_.keys - first, begin_, end_);
+    const auto drop = [&](int64_t block) {
+      score[(block - begin_) * layout_.lanes + lane] = no_score;
+      --left;
+    };
+    for (int64_t block = begin_; block < there && mask != nullptr; ++block)
+      if (mask[first + block]) drop(block);
+    for (int64_t block = there; block < end_; ++block) drop(block);
   }
   return left;
 }

@@ -20,8 +20,9 @@ constexpr double hopeless16 = 4096;  // an error in score units with which the b
 class ScoreRows {
  public:
   // `packed` as in `dense_queries`. Rows are kept by the thread from call to call, unless they are uncommonly large.
-  // A row has `piece` blocks of keys, or all.
-  ScoreRows(const MineCall& call, std::span<const StagePacks> packed, int64_t piece = all_blocks);
+  // A row has `piece` blocks of keys, or all. `listed` candidates of a query are held beside it, a score in each
+  // column.
+  ScoreRows(const MineCall& call, std::span<const StagePacks> packed, int64_t piece = all_blocks, int64_t listed = 0);
   ~ScoreRows();
   ScoreRows(const ScoreRows&) = delete;
   ScoreRows& operator=(const ScoreRows&) = delete;
@@ -44,12 +45,18 @@ class ScoreRows {
 
   // Marks what is no candidate for a query in its scores; returns how many candidates are left.
   int64_t mark(int64_t row, int16_t* score) const;
+  // The same where the positions of all keys of the query's video are known, in order.
+  void mark(int64_t row, int16_t* score, std::span<const int64_t> of_video) const;
+  // Those positions, none where no video is excluded.
+  void find_video(int64_t row, std::vector<int64_t>& positions) const;
 
   // Of the query first + `query`: its scores [positions], and by how much a stage's may be off.
   int16_t* row(size_t column, int64_t query) { return memory_.rows[column].data() + query * padded_; }
   double error(size_t stage, int64_t query) const { return memory_.errors[column_[stage]][query]; }
 
  private:
+  int64_t mark_others(int64_t row, int16_t* score) const;
+
   struct Memory {
     std::vector<Buffer<int16_t>> rows;                  // per column: [queries at a time, padded]
     std::vector<std::vector<double>> errors;            // per column: [queries at a time]
