@@ -140,9 +140,7 @@ int64_t ScoreRows::mark(int64_t row, int16_t* score) const {
   const Exclusion& exclude = *call_.exclude;
   if (exclude.mask == nullptr && exclude.query_video != nullptr)
     call_.bank->videos().each(exclude.query_video[row], [&](int64_t slot) {
-      const int64_t at = layout_.position(slot) - first_position();
-      if (at < 0 || at >= positions()) return;
-      score[at] = no_score;
+      score[layout_.position(slot)] = no_score;
       --left;
     });
   return left;

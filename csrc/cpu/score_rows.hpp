@@ -43,9 +43,9 @@ class ScoreRows {
   uint32_t first_position() const { return static_cast<uint32_t>(begin_ * layout_.lanes); }  // of the piece scored last
   int64_t positions() const { return (end_ - begin_) * layout_.lanes; }                      //
 
-  // Marks what is no candidate for a query in its scores; returns how many candidates are left.
+  // Marks what is no candidate for a query in its scores of all keys; returns how many candidates are left.
   int64_t mark(int64_t row, int16_t* score) const;
-  // The same where the positions of all keys of the query's video are known, in order.
+  // In its scores of a piece, where the positions of all keys of the query's video are known, in order.
   void mark(int64_t row, int16_t* score, std::span<const int64_t> of_video) const;
   // Those positions, none where no video is excluded.
   void find_video(int64_t row, std::vector<int64_t>& positions) const;
