@@ -43,13 +43,15 @@ inline void fill_halves(const cpu::Kernels& kernels, std::mt19937& rng, int64_t 
     }
 }
 
-// 8-bit tiles: two groups of queries, all layouts.
+// 8-bit tiles: few groups of queries and many, all layouts.
 inline bool tiles8_right(const cpu::Isa& isa, std::mt19937& rng) {
   const cpu::Kernels& kernels = isa.kernels();
   if (kernels.tiles8 == nullptr) return true;
   const int64_t steps = std::array<int64_t, 9>{1, 2, 7, 8, 9, 17, 32, 33, 1024}[rng() % 9];
   const int64_t runs = kernels.sums_runs ? (steps + cpu::run8 - 1) / cpu::run8 : 1;
-  const int64_t groups = 1 + static_cast<int64_t>(rng() % 2), together = kernels.queries8, count = groups * together;
+  const int64_t many = std::array<int64_t, 6>{1, 2, 3, 5, 9, 18}[rng() % 6];
+  const int64_t groups = kernels.sums_runs ? std::min<int64_t>(many, 2) : many;  // at most as many queries as lanes
+  const int64_t together = kernels.queries8, count = groups * together;
   const int64_t width = kernels.by_row8 ? (4 * steps + 63) / 64 * 64 : 4 * steps;
   cpu::Buffer<uint8_t> keys(steps * cpu::lanes8 * 4 + cpu::over_read);
   cpu::Buffer<float> scale(cpu::lanes8), residual(cpu::lanes8);
@@ -59,13 +61,17 @@ inline bool tiles8_right(const cpu::Isa& isa, std::mt19937& rng) {
   std::vector<int8_t> query(4 * steps), key(4 * steps);
   std::vector<int32_t> start(count * runs);
   std::vector<std::vector<int8_t>> q(count), k(cpu::lanes8);
-  for (int i = 0; i < cpu::lanes8; ++i) {
+  const auto fraction = [&] { return static_cast<float>(rng() % 65536) / 65521; };
+  const bool are_alike = rng() % 2 == 0;
+  residual[0] = 100 * fraction();
+  for (int i = 0; i < count || i < cpu::lanes8; ++i) {
     fill_halves(kernels, rng, steps, query, key);
-    k[i] = key;
     if (i < count) q[i] = query;
+    if (i >= cpu::lanes8) continue;
+    k[i] = key;
     if (kernels.sums_runs && i >= count) k[i] = k[i % count];  // fitting to its query
-    scale[i] = rng() % 8 == 0 ? std::numeric_limits<float>::quiet_NaN() : 1.0f;
-    residual[i] = static_cast<float>(rng() % 100);
+    scale[i] = rng() % 8 == 0 ? std::numeric_limits<float>::quiet_NaN() : 0.5f + fraction();
+    residual[i] = are_alike ? residual[0] : 100 * fraction();
   }
   for (int64_t step = 0; step < steps; ++step) {
     for (int lane = 0; lane < cpu::lanes8; ++lane)
@@ -91,7 +97,16 @@ inline bool tiles8_right(const cpu::Isa& isa, std::mt19937& rng) {
               : half[0] + half[1];
     }
   std::vector<float> least(count), beta(count, 0.5f);
-  for (float& each : least) each = static_cast<float>(static_cast<int>(rng() % 200000) - 100000);
+  const auto bound = [&](int64_t i, int lane) {
+    int64_t sum = 0;
+    for (int64_t d = 0; d < 4 * steps; ++d) sum += int64_t{q[i][d]} * k[lane][d];
+    return std::fma(static_cast<float>(sum), scale[lane], beta[i] * residual[lane]);
+  };
+  for (int64_t i = 0; i < count; ++i) {
+    const float reached = bound(i, static_cast<int>(rng() % cpu::lanes8));  // by one lane exactly
+    const bool is_near = rng() % 2 == 0 && !std::isnan(reached);
+    least[i] = is_near ? reached : static_cast<float>(static_cast<int>(rng() % 200000) - 100000);
+  }
   cpu::Buffer<float> upper(count * cpu::lanes8);
   std::vector<uint64_t> lanes(count);
   std::vector<uint32_t> any(groups);
@@ -103,10 +118,8 @@ inline bool tiles8_right(const cpu::Isa& isa, std::mt19937& rng) {
   for (int64_t i = 0; i < count; ++i) {
     bool same = true;
     for (int lane = 0; lane < cpu::lanes8; ++lane) {
-      int64_t sum = 0;
-      for (int64_t d = 0; d < 4 * steps; ++d) sum += int64_t{q[i][d]} * k[lane][d];
       const bool fits = !kernels.sums_runs || lane % count == i;  // other keys' sums may not fit 16 bits
-      const float u = std::fma(static_cast<float>(sum), scale[lane], 0.5f * residual[lane]);
+      const float u = bound(i, lane);
       const bool there = (any[i / together] >> (i % together) & 1) != 0 && (lanes[i] >> lane & 1) != 0;
       if (!fits) continue;
       same = same && there == (u >= least[i]);
