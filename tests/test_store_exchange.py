@@ -147,6 +147,23 @@ def test_a_sealed_phase_is_published_and_read_from_afar(path, tmp_path, served, 
         publishing.fetch(f"{url}/none", cache=tmp_path / "cache")
 
 
+def test_everything_is_published_whatever_folders_and_views_are_called(tmp_path):
+    root = tmp_path / "aside" / "s"
+    root.parent.mkdir()
+    features = np.arange(40, dtype=np.float32).reshape(10, 4)
+    with ce.FeatureStore.create(root, {"rgb": 4, "aside": 4}) as store:
+        store.append({"rgb": features, "aside": -features}, clip_id=np.arange(10), video_id=np.arange(10))
+        store.seal()
+    store = ce.FeatureStore.open(root)
+    (root / "phases" / "main" / "commits" / "aside" / "rgb.hnsw.faiss").write_bytes(b"a cache, which is left behind")
+    publishing.publish(store, f"file://{tmp_path}/there")
+    there = publishing.fetch(f"file://{tmp_path}/there", cache=tmp_path / "cache")
+    assert np.array_equal(there.features("rgb"), features)
+    same(everything(store), everything(there))
+    assert there.verify() == []
+    assert not list(there.path.rglob("*.faiss"))
+
+
 def test_what_was_changed_on_the_way_is_refused(path, tmp_path, served):
     folder, url = served
     store = ce.FeatureStore.open(path, mode="a")

@@ -49,7 +49,9 @@ def publish(
     sent = 0
     manifest: dict[str, dict[str, Any]] = {}
     last = [folder / "zarr.json"]
-    for path in sorted(each for each in folder.rglob("*") if each.is_file() and "aside" not in each.parts) + last:
+    aside = folder / "commits" / "aside"
+    held = (each for each in folder.rglob("*") if each.is_file() and not each.is_relative_to(aside))
+    for path in sorted(held) + last:
         name = path.relative_to(folder).as_posix()
         manifest[name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
     _put(files, f"{target}/{_MANIFEST}", json.dumps(manifest).encode())
