@@ -96,7 +96,8 @@ def search(
             times are not known count as overlapping.
         margin: seconds around the query that count as overlapping too.
         origin: of `vectors`, where they are to be excluded by video or time.
-        approximate: an index for the first stage, see `cascade_engine.store.approximate`.
+        approximate: an index of the phase for the first stage, by inner products; see
+            `cascade_engine.store.approximate`.
         backend: see `ce.mine`.
 
     Raises:
@@ -121,6 +122,7 @@ def search(
     if approximate is not None:
         if where is not None or at is not None:
             raise InvalidInput("approximate: expected no where and no at, an index holds a whole phase")
+        _require_own(approximate, store, phase, metric)
         return _approximately(chosen, queries, bank, approximate, mode, origin, ids, backend)
     times = _times(store, bank, where, phase, at, chosen) if mode == "overlap" else None
     parts = []
@@ -259,6 +261,19 @@ def _hits(bank: Bank, index: Ids, similarity: Any) -> Hits:
         return found
 
     return Hits(clip_id=named(bank.clip_id), video_id=named(bank.video_id), similarity=similarity)
+
+
+def _require_own(approximate: Approximate, store: FeatureStore, phase: str | None, metric: Metric) -> None:
+    """Refuse an index of other features, or one that ranks them in another order than the search does."""
+    folder, uid, commit, _ = store.identity(phase)
+    about = approximate.about
+    if (about.uid, about.commit) != (uid, commit):
+        raise InvalidInput(
+            f"approximate: expected an index of phase {folder.name!r} at commit {commit} of {uid[:8]}, "
+            f"got one of commit {about.commit} of {about.uid[:8]}"
+        )
+    if metric != "ip":
+        raise InvalidInput(f"approximate: expected metric 'ip', which an index is built for, got {metric!r}")
 
 
 def _approximately(

@@ -1,5 +1,6 @@
 """Search in stores against plain NumPy over the same rows, exclusions and approximate first stage included."""
 
+import dataclasses
 import json
 import shutil
 
@@ -138,6 +139,29 @@ def test_an_approximate_first_stage_is_measured_and_refused_when_stale(held, tmp
     described.write_text(json.dumps(json.loads(described.read_text()) | {"commit": 1}))
     with pytest.raises(StoreError, match="stale"):
         open_index(store, "rgb", kind)
+
+
+def test_an_index_serves_its_own_phase_and_inner_products_only(tmp_path):
+    pytest.importorskip("faiss")
+    rng = np.random.default_rng(6)
+    clips = {"clip_id": np.arange(200), "video_id": np.arange(200)}
+    store = ce.FeatureStore.create(tmp_path / "s", {"rgb": 8})
+    store.append({"rgb": unit(rng, 200, 8)}, **clips)
+    store.seal()
+    with store.new_phase("two") as other:
+        other.append({"rgb": unit(rng, 200, 8)}, **clips)
+        other.seal()
+    index = build_index(store, "rgb", generator=rng)
+    asked = np.arange(5)
+    assert (ce.search(store, "rgb:3", clip=asked, approximate=index).clip_id >= 0).all()
+    with pytest.raises(InvalidInput, match=r"approximate: expected an index of phase 'two' at commit 2 of .*, got one of"):
+        ce.search(store, "rgb:3", clip=asked, phase="two", approximate=index)
+    for metric in ("l2", "cosine"):
+        with pytest.raises(InvalidInput, match=f"approximate: expected metric 'ip'.*, got '{metric}'"):
+            ce.search(store, "rgb:3", clip=asked, metric=metric, approximate=index)
+    index.about = dataclasses.replace(index.about, commit=1)
+    with pytest.raises(InvalidInput, match="expected an index of phase 'main' at commit 2"):
+        ce.search(store, "rgb:3", clip=asked, approximate=index)
 
 
 def test_an_index_that_cannot_be_kept_serves_and_it_is_said(held, tmp_path, monkeypatch, caplog):
