@@ -154,7 +154,7 @@ def test_an_index_serves_its_own_phase_and_inner_products_only(tmp_path):
     index = build_index(store, "rgb", generator=rng)
     asked = np.arange(5)
     assert (ce.search(store, "rgb:3", clip=asked, approximate=index).clip_id >= 0).all()
-    with pytest.raises(InvalidInput, match=r"approximate: expected an index of phase 'two' at commit 2 of .*, got one of"):
+    with pytest.raises(InvalidInput, match=r"expected an index of phase 'two' at commit 2 of .*, got one of"):
         ce.search(store, "rgb:3", clip=asked, phase="two", approximate=index)
     for metric in ("l2", "cosine"):
         with pytest.raises(InvalidInput, match=f"approximate: expected metric 'ip'.*, got '{metric}'"):
