@@ -3,6 +3,7 @@
 import functools
 import http.server
 import os
+import shutil
 import threading
 
 import h5py
@@ -13,7 +14,7 @@ import pytest
 import torch
 import xarray
 import zarr
-from store_rows import COLUMNS, VIEWS, batch, wrong_rows
+from store_rows import COLUMNS, VIEWS, batch, features, wrong_rows
 
 import cascade_engine as ce
 from cascade_engine.errors import Corrupt, InvalidInput, NotFound, StoreError, StoreLocked
@@ -96,6 +97,82 @@ def test_a_group_is_merged_once_and_a_clash_merges_nothing(path):
             staging.merge(store)
         with pytest.raises(NotFound, match="expected a staging group"):
             staging.merge(store, [path.parent / "nothing"])
+
+
+def again(path, name):
+    """A staging group that is there already, opened to go on with."""
+    return ce.FeatureStore.open(staging.folder(path) / f"main.{name}", mode="a")
+
+
+@pytest.mark.parametrize("record", ["says the rows", "is an older one, which does not"])
+def test_a_group_that_goes_on_after_a_merge_loses_nothing(path, record):
+    with staging.stage(path, "a") as group:
+        group.append(**batch(6, 220, 30))
+    with ce.FeatureStore.open(path, mode="a") as store:
+        assert store.merge(keep=True) == 30
+        uid = ce.FeatureStore.open(group.path).identity()[1]
+        assert store.merged == {uid: 30}
+    if record != "says the rows":
+        file = path / "phases/main/zarr.json"
+        file.write_text(file.read_text().replace(f'"merged": {{"{uid}": 30}}', f'"merged": ["{uid}"]'))
+        assert ce.FeatureStore.open(path).merged == {uid: None}
+    with again(path, "a") as group:
+        group.append(**batch(7, 250, 3))
+        group.fill("flow", np.arange(220, 250, 2), features("flow", np.arange(220, 250, 2)))
+    with ce.FeatureStore.open(path, mode="a") as store:
+        assert store.merge(keep=True) == 3
+        assert store.merge() == 0
+        assert store.column("clip_id").tolist() == list(range(253))
+        assert store.present("flow")[220:].tolist() == [row % 2 == 0 for row in range(220, 250)] + [True] * 3
+        assert np.array_equal(store.features("flow")[220:250:2], features("flow", np.arange(220, 250, 2)))
+        assert store.verify() == []
+    assert not staging.folder(path).exists()
+
+
+def test_late_features_of_a_group_are_taken_to_the_bit(tmp_path):
+    rng = np.random.default_rng(5)
+    values = rng.standard_normal((500, 8))
+    ids = np.arange(500)
+    ce.FeatureStore.create(tmp_path / "s", {"a": 8, "b": 8}, normalise=True).close()
+    with staging.stage(tmp_path / "s", "x") as group, ce.FeatureStore.open(tmp_path / "s", mode="a") as store:
+        group.append({"a": values}, clip_id=ids, video_id=ids)
+        group.close()
+        store.merge(keep=True)
+        with again(tmp_path / "s", "x") as group:
+            group.fill("b", ids, values)
+            want = group.features("b").copy()
+        assert store.merge() == 0
+        assert np.array_equal(store.features("b"), want)
+
+
+def test_clips_that_power_loss_took_from_a_group_do_not_hide_others(path, tmp_path):
+    with staging.stage(path, "a", durability="none") as group:
+        shutil.copytree(group.path, tmp_path / "empty")
+        group.append(**batch(5, 220, 10))
+    with ce.FeatureStore.open(path, mode="a") as store:
+        assert store.merge(keep=True) == 10
+        shutil.rmtree(group.path)
+        shutil.copytree(tmp_path / "empty", group.path)
+        with again(path, "a") as group:
+            group.append(**batch(5, 225, 10))
+        assert store.merge() == 5
+        assert store.column("clip_id").tolist() == list(range(235))
+
+
+def test_nobody_writes_to_a_group_while_it_is_removed(path, monkeypatch):
+    with staging.stage(path, "a") as group:
+        group.append(**batch(5, 220, 30))
+    seen = []
+
+    def refused(root, paths):
+        with pytest.raises(StoreLocked):
+            again(path, "a")
+        seen.extend(paths)
+
+    monkeypatch.setattr(staging, "_remove", refused)
+    with ce.FeatureStore.open(path, mode="a") as store:
+        assert store.merge() == 30
+    assert seen == staging.staged(path)
 
 
 @pytest.fixture

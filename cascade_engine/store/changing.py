@@ -30,8 +30,10 @@ from cascade_engine.store.writer import PhaseWriter
 _INLINE_BYTES = 8192
 
 
-def fill(writer: PhaseWriter, phase: Phase, view: str, clip_id: npt.NDArray[np.int64], value: object) -> None:
-    """Give clips a view they are missing, in one commit.
+def fill(
+    writer: PhaseWriter, phase: Phase, view: str, clip_id: npt.NDArray[np.int64], value: object, *, as_is: bool = False
+) -> None:
+    """Give clips a view they are missing, in one commit; features `as_is` are not scaled.
 
     Raises:
         InvalidInput: a clip that has the view already or comes twice, or features that do not fit.
@@ -42,7 +44,8 @@ def fill(writer: PhaseWriter, phase: Phase, view: str, clip_id: npt.NDArray[np.i
         raise InvalidInput(
             f"clip_id: clip {int(clip_id[held][0])} has view {view!r} already; a new phase can hold another"
         )
-    stored, lossless = features(writer.pending.views[view], value, view, clip_id)
+    about = writer.pending.views[view]
+    stored, lossless = features(replace(about, normalised=about.normalised and not as_is), value, view, clip_id)
     order = np.argsort(rows)
     if (np.diff(rows[order]) == 0).any():
         raise InvalidInput("clip_id: expected every clip once")

@@ -23,19 +23,19 @@ def make_store(root: Path, record: Record) -> None:
     """
     if root.exists():
         raise StoreError(f"{root}: expected nothing there, found a {'folder' if root.is_dir() else 'file'}")
-    aside = _aside(root)
+    fresh = aside(root)
     try:
-        phases = aside / "phases"
+        phases = fresh / "phases"
         phases.mkdir(parents=True)
         write_whole(LocalFiles(), phases / "zarr.json", _group({}), sync=True)
         about = {"cascade": {"format": FORMAT, "default_phase": record.phase}}
-        write_whole(LocalFiles(), aside / "zarr.json", _group(about), sync=True)
+        write_whole(LocalFiles(), fresh / "zarr.json", _group(about), sync=True)
         _build(phases / record.phase, record)
-        _place(aside, root)
+        _place(fresh, root)
     except OSError as error:
         raise StoreError(f"{root}: cannot create: {error.strerror or error}") from error
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(fresh, ignore_errors=True)
 
 
 def make_phase(root: Path, record: Record) -> None:
@@ -47,15 +47,15 @@ def make_phase(root: Path, record: Record) -> None:
     target = root / "phases" / record.phase
     if target.exists():
         raise StoreError(f"phase {record.phase!r}: {target} exists already")
-    aside = _aside(root)
+    fresh = aside(root)
     try:
-        aside.mkdir(parents=True)
-        _build(aside / record.phase, record)
-        _place(aside / record.phase, target)
+        fresh.mkdir(parents=True)
+        _build(fresh / record.phase, record)
+        _place(fresh / record.phase, target)
     except OSError as error:
         raise StoreError(f"{target}: cannot create: {error.strerror or error}") from error
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(fresh, ignore_errors=True)
 
 
 def read_root(root: Path) -> str:
@@ -110,8 +110,9 @@ def _place(source: Path, target: Path) -> None:
     LocalFiles().sync_folder(target.parent)
 
 
-def _aside(root: Path) -> Path:
-    return root.with_name(f"{root.name}.new-{os.getpid()}")
+def aside(path: Path) -> Path:
+    """A name beside `path` for what is not whole: being made, or being removed."""
+    return path.with_name(f"{path.name}.new-{os.getpid()}")
 
 
 def _group(attributes: Mapping[str, Any]) -> bytes:

@@ -205,13 +205,12 @@ class FeatureStore(StoreReader):
         self._moved(index)
         return batch.clips
 
-    def append_all(self, batches: Iterable[tuple[str, Mapping[str, Any]]], sources: Sequence[str]) -> int:
+    def append_all(self, batches: Iterable[Mapping[str, Any]], sources: Mapping[str, int]) -> int:
         """Add many batches in one commit, and return how many clips.
 
         Args:
-            batches: the uid of the store that a batch comes from, and the arguments of `append`; features are taken
-                as they are. Batches of a source that was taken in by an earlier call are left out.
-            sources: the uids of all sources, which are remembered.
+            batches: the arguments of `append`; features are taken as they are.
+            sources: the uids of the stores that they come from and the rows of each that are in then, for `merged`.
 
         Raises:
             InvalidInput: a batch does not fit, or brings a clip again; nothing is committed then.
@@ -220,11 +219,9 @@ class FeatureStore(StoreReader):
         self.flush()
         index = ClipIndex(np.asarray(self._at(None).column("clip_id")))
         dictionaries = {name: Dictionary(each.categories) for name, each in self._dictionaries.items()}
-        known, before = set(writer.record.merged), writer.record.rows
+        before = writer.record.rows
         with writer.transaction():
-            for uid, given in batches:
-                if uid in known:
-                    continue
+            for given in batches:
                 views = {name: replace(view, normalised=False) for name, view in writer.pending.views.items()}
                 as_is, own = replace(writer.pending, views=views), dict(given)
                 values, present = own.pop("views"), own.pop("present", {})
@@ -234,7 +231,7 @@ class FeatureStore(StoreReader):
                 writer.write(batch.rows, batch.clips)
                 changing.accept_batch(batch, dictionaries)
                 index.add(batch.rows["clip_id"])
-            writer.pending = replace(writer.pending, merged=(*writer.record.merged, *(set(sources) - known)))
+            writer.pending = replace(writer.pending, merged={**writer.record.merged, **sources})
             writer.publish("merge")
         self._dictionaries = dictionaries
         self._moved(index)
@@ -247,13 +244,14 @@ class FeatureStore(StoreReader):
         make_store(root, emptied(self._at(None).record))
         return FeatureStore.open(root, mode="a", durability=durability)
 
-    def fill(self, view: str, clip_id: object, value: object) -> None:
+    def fill(self, view: str, clip_id: object, value: object, *, as_is: bool = False) -> None:
         """Give clips a view that they are missing, in one commit.
 
         Args:
             view: the view.
             clip_id: (b,) clips without it.
             value: (b, D_view) features.
+            as_is: do not scale them: they come from a store that has done so.
 
         Raises:
             NotFound: a clip that is not there.
@@ -264,7 +262,7 @@ class FeatureStore(StoreReader):
         ids = id_vector(clip_id, "clip_id", len(to_host(clip_id, "clip_id")))
         phase = self._at(None)
         phase.require_view(view)
-        changing.fill(writer, phase, view, ids, value)
+        changing.fill(writer, phase, view, ids, value, as_is=as_is)
         self._moved(phase.clips)
 
     def add_view(self, name: str, dim: int, *, dtype: str = "float32", normalise: bool = False) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,11 @@ class StoreReader(ABC):
         """A phase's folder, its uid for good, its last commit, and whether it is sealed."""
         held = self._at(phase)
         return held.folder, held.record.uid, held.record.commit, held.record.sealed
+
+    @property
+    def merged(self) -> Mapping[str, int | None]:
+        """The uid of each staging group that was merged, to the rows it had; None where an older store did not say."""
+        return self._at(None).record.merged
 
     def float16_lossless(self, phase: str | None = None) -> dict[str, bool]:
         """Which float32 views hold nothing that float16 would round: half the space would hold the same."""

@@ -6,7 +6,7 @@ import json
 import uuid
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ class Record:
         preprocessing: likewise.
         views: view name to its description.
         columns: column name to its description, the built-in ones first.
-        merged: uids of the staging groups that are in.
+        merged: uid of each staging group that is in, to the rows it had then; None where an older store did not say.
         arrays: path to spec; an array's position is its number in `checksums`.
         tails: path to where that array ends at this commit.
     """
@@ -58,7 +58,7 @@ class Record:
     preprocessing: str | None = None
     views: Mapping[str, View]
     columns: Mapping[str, Column]
-    merged: tuple[str, ...] = ()
+    merged: Mapping[str, int | None] = field(default_factory=dict)
     arrays: Mapping[str, ArraySpec]
     tails: Mapping[str, Tail]
 
@@ -87,7 +87,7 @@ class Record:
             "preprocessing": self.preprocessing,
             "views": views,
             "columns": columns,
-            "merged": self.merged,
+            "merged": dict(self.merged),
             "checksums": {path: self.tails[path].crc for path in self.arrays},
         }
         metadata = {path: spec.metadata(self.tails[path].length) for path, spec in self.arrays.items()}
@@ -132,7 +132,7 @@ class Record:
                     name: Column(type=value["type"], versions=tuple((c, p) for c, p in value["versions"]))
                     for name, value in about["columns"].items()
                 },
-                merged=tuple(about["merged"]),
+                merged=merged if isinstance(merged := about["merged"], dict) else dict.fromkeys(merged),
                 arrays={path: parsed[path][0] for path in about["checksums"]},
                 tails={path: Tail(length=parsed[path][1], crc=crc) for path, crc in about["checksums"].items()},
             )

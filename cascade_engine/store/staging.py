@@ -8,11 +8,16 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from cascade_engine.errors import NotFound
 from cascade_engine.store.columns import Categorical
+from cascade_engine.store.creating import aside
 from cascade_engine.store.feature_store import FeatureStore
 from cascade_engine.store.writer import Durability
 
+Rows = npt.NDArray[np.int64]
 _BLOCK = 65_536  # clips at a time while merging
 
 
@@ -49,7 +54,9 @@ def merge(
 ) -> int:
     """Take staging groups into the phase a store is opened to append to, in one commit; returns the clips added.
 
-    A group that was merged before, and whose removal a crash prevented, is not merged twice.
+    Of a group that was merged before, because it was kept or a crash prevented its removal, only what came since is
+    taken: new clips in that commit, views of clips that the phase lacks in a fill each. Nobody writes to a group
+    from before it is read until it is gone, so nothing goes with it that was not taken.
 
     Args:
         store: opened with ``mode="a"``.
@@ -67,15 +74,18 @@ def merge(
             raise NotFound(f"{path}: expected a staging group")
     sources = [FeatureStore.open(path, mode="a") for path in paths]  # their locks: nobody writes on
     try:
-        added = store.append_all(_blocks(sources, progress), [source.identity()[1] for source in sources])
+        before = store.merged
+        added = store.append_all(
+            _blocks(store, sources, progress), {source.identity()[1]: source.rows for source in sources}
+        )
+        for source in sources:
+            if source.identity()[1] in before:
+                _fill(store, source)
+        if not keep:
+            _remove(store.path, paths)
     finally:
         for source in sources:
             source.close()
-    if not keep:
-        for path in paths:
-            shutil.rmtree(path)
-        if folder(store.path).is_dir() and not any(folder(store.path).iterdir()):
-            folder(store.path).rmdir()
     return added
 
 
@@ -85,16 +95,53 @@ def folder(path: str | os.PathLike[str]) -> Path:
     return root.with_name(f"{root.name}.staging")
 
 
-def _blocks(sources: Sequence[FeatureStore], progress: Callable[[int], None]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The arguments of appends that bring all rows of some stores, with the uid of each one's store."""
+def _blocks(
+    store: FeatureStore, sources: Sequence[FeatureStore], progress: Callable[[int], None]
+) -> Iterator[dict[str, Any]]:
+    """The arguments of appends that bring a store all rows of others that it does not have from an earlier merge."""
     for source in sources:
-        for start in range(0, source.rows, _BLOCK):
-            part = slice(start, start + _BLOCK)
-            yield source.identity()[1], rows_as_append(source, part)
-            progress(min(_BLOCK, source.rows - start))
+        rows = _left(store, source)
+        for start in range(0, len(rows), _BLOCK):
+            part = rows[start : start + _BLOCK]
+            yield rows_as_append(source, part)
+            progress(len(part))
 
 
-def rows_as_append(source: FeatureStore, part: slice) -> dict[str, Any]:
+def _left(store: FeatureStore, source: FeatureStore) -> Rows:
+    """The rows of a group that are not in a store's phase from an earlier merge.
+
+    Those that are were in the group then and are found by their clip: power loss may have taken them from a group
+    that does not sync, and others may have come in their place.
+    """
+    had = store.merged.get(source.identity()[1], 0)
+    had = source.rows if had is None else min(had, source.rows)
+    if not had:
+        return np.arange(source.rows)
+    there = np.isin(source.column("clip_id")[:had], store.column("clip_id"))
+    return np.concatenate([np.flatnonzero(~there), np.arange(had, source.rows)])
+
+
+def _fill(store: FeatureStore, source: FeatureStore) -> None:
+    """Give clips that a store's phase has of a group the views that they have got there since."""
+    ids = source.column("clip_id")
+    rows = store.rows_of(ids)
+    for view in source.views:
+        late = np.flatnonzero(source.present(view) & ~store.present(view)[rows])
+        if len(late):
+            store.fill(view, ids[late], source.features(view)[late], as_is=True)
+
+
+def _remove(root: Path, paths: Sequence[Path]) -> None:
+    """Remove groups, each at once: a crash leaves none half-removed under its name."""
+    for path in paths:
+        gone = aside(path)
+        path.rename(gone)
+        shutil.rmtree(gone)
+    if folder(root).is_dir() and not any(folder(root).iterdir()):
+        folder(root).rmdir()
+
+
+def rows_as_append(source: FeatureStore, part: Rows) -> dict[str, Any]:
     """The arguments of an append that writes some rows of a store's current phase again."""
     present = {view: source.present(view)[part] for view in source.views}
     columns: dict[str, Any] = {name: source.coded(name) for name in source.columns}
