@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from cascade_engine.cli.main import main
 from click.testing import CliRunner
 
 import cascade_engine as ce
+from cascade_engine.deployment.judging import LabelledWindows
 from cascade_engine.errors import InvalidInput
 from cascade_engine.evaluation.features import side_by_side
 from cascade_engine.evaluation.mining import mining
@@ -22,6 +24,8 @@ from cascade_engine.store import FeatureStore
 from cascade_engine.training.extraction import write_features
 from cascade_engine.training.parallel import World
 from cascade_engine.training.run import Run
+from cascade_engine.video.cache import ClipCache
+from cascade_engine.video.index import VideoIndex
 
 PLAN = ce.CascadePlan.parse("residual:50%,rgb:3")
 
@@ -91,6 +95,54 @@ def test_features_still_being_written_are_refused(run, tmp_path, monkeypatch):
     write_features(under_way, "first", windows_of(run)[0], World(), torch.device("cpu"))
     with pytest.raises(InvalidInput, match="'first' are still being written"):
         collect(under_way, "rgb")
+
+
+@pytest.fixture
+def shared(run, tmp_path):
+    """The run once more, and a function that builds its cache's folder for other videos."""
+    folder = shutil.copytree(run.folder, tmp_path / "run")
+    cache = shutil.copytree(run.cache_path, tmp_path / "cache")
+    (folder / "versions.json").write_text(json.dumps({**run.versions, "cache": str(cache)}))
+    return Run.open(folder), lambda entries: ClipCache.build(VideoIndex(entries), runs.VIEWS, 40, cache)
+
+
+def swapped(entry):
+    return replace(entry, split={"train": "test", "test": "train"}[entry.split])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda entries: entries[:8], "trained on: expected 21 videos, got 8; build it"),
+        (lambda entries: [swapped(entry) for entry in entries], "expected the split 'train' of .*, got 'test'"),
+        (lambda entries: entries[::-1], "expected .*0.mp4 as video 0, got .*1.mp4"),
+        (lambda entries: [replace(entry, label="red") for entry in entries], "the label 'blue' of .*, got 'red'"),
+        (lambda entries: [replace(entry, end=0.5) for entry in entries], "expected the end None of .*, got 0.5"),
+    ],
+)
+def test_a_cache_built_for_other_videos_is_refused(shared, tmp_path, change, message):
+    run, build = shared
+    build(change(run.index.entries))
+    for judged in (
+        lambda: collect(run, "rgb", kind="pixels"),
+        lambda: collect(run, "rgb", phase="initial"),
+        lambda: LabelledWindows.of(run, "train"),
+        lambda: report_run(run, tmp_path / "report.html"),
+    ):
+        with pytest.raises(InvalidInput, match=message):
+            judged()
+    collect(run, "rgb")  # of the run's own store
+    build(run.index.entries)
+    assert np.array_equal(collect(run, "rgb", kind="pixels").test.video_id, collect(run, "rgb").test.video_id)
+
+
+def test_videos_named_by_relative_paths_are_the_same_ones_from_anywhere(shared, tmp_path, monkeypatch):
+    run, build = shared
+    first = run.index[0].path.absolute()
+    monkeypatch.chdir(first.parents[3])
+    build(replace(entry, path=entry.path.relative_to(first.parents[3])) for entry in run.index)
+    monkeypatch.chdir(tmp_path)
+    assert len(LabelledWindows.of(run, "train").table) > 0
 
 
 def test_what_a_run_does_not_have_is_refused_by_name(run):

@@ -36,7 +36,7 @@ def finetune(run: Run, config: FinetuneConfig, *, progress: Progress | None = No
         progress: called after each epoch with its number from 1 and its row of the curve.
 
     Raises:
-        InvalidInput: no labelled training videos, or no class with two of them.
+        InvalidInput: no labelled training videos, no class with two of them, or a cache of other videos.
         CheckpointError: the phase's weights do not fit.
 
     Source: METHOD blocks 930 and 930A.

@@ -35,7 +35,7 @@ class LabelledWindows:
         """Those of a run; the classes are the labels that occur in `split`.
 
         Raises:
-            InvalidInput: fewer than two labels there.
+            InvalidInput: fewer than two labels there, or the run's cache was built for other videos since.
         """
         cache, table = windows_of(run)
         labels = tuple(sorted({str(each) for each in table.label[table.of_split(split)] if each}))

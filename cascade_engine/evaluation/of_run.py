@@ -59,7 +59,7 @@ def collect(
         test_split: the split that is asked; it may be the same one.
 
     Raises:
-        InvalidInput: no such view, phase or split, or a split without labelled windows.
+        InvalidInput: no such view, phase or split, a split without labelled windows, or a cache of other videos.
         StoreError: the run's store or cache cannot be read.
     """
     if "+" in view:
@@ -118,10 +118,21 @@ def features_of(run: Run, phase: str) -> FeatureStore:
 
 
 def windows_of(run: Run) -> tuple[ClipCache, ClipTable]:
-    """The run's cache and the half-overlapping windows that its features are of."""
+    """The run's cache and the half-overlapping windows that its features are of.
+
+    Raises:
+        InvalidInput: the cache was built for other videos since.
+        StoreError: it cannot be read.
+    """
     clip = run.config.clip
     span = (clip.frames - 1) * clip.stride + 1
     cache = ClipCache.open(run.cache_path)
+    other = run.index.difference(cache.index)
+    if other is not None:
+        raise InvalidInput(
+            f"cache: {cache.folder} was built for other videos than {run.folder} was trained on: {other}; build it for "
+            "the run's again, as cascade train --resume does by its config's source (what it kept is not decoded anew)"
+        )
     return cache, cut(cache, span, max(1, span // 2))
 
 

@@ -61,7 +61,7 @@ def report_run(run: Run, path: str | Path, config: ReportConfig | None = None) -
     """Write a run's report as one self-contained HTML file.
 
     Raises:
-        InvalidInput: the run has no finished phase, or no labelled videos in the splits.
+        InvalidInput: the run has no finished phase, no labelled videos in the splits, or a cache of other videos.
         StoreError: its store or cache cannot be read.
     """
     return write_report(path, f"Run {run.config.name}", run_sections(run, config or ReportConfig()))

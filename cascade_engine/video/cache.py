@@ -260,7 +260,7 @@ def _state(
     where = [{"offset": row.offset, "length": row.length, "fps": row.fps} if row else {} for row in rows]
     absent = [(str(path), "no such file") for path in index.missing]
     return {
-        "entries": [{**asdict(entry), "path": str(entry.path)} for entry in index],
+        "entries": [{**asdict(entry), "path": str(entry.path.absolute())} for entry in index],
         "rows": where,
         "failed": absent + [(str(index[row].path), reason) for row, reason in sorted(failed.items())],
         "damaged": [

@@ -87,6 +87,19 @@ class VideoIndex:
             raise InvalidInput(f"split: expected one of {', '.join(self.splits) or 'none'}, got {name!r}")
         return found
 
+    def difference(self, other: VideoIndex) -> str | None:
+        """What `other` differs in first, as "expected ..., got ..."; None where in nothing. Paths are made absolute."""
+        if len(self) != len(other):
+            return f"expected {len(self)} videos, got {len(other)}"
+        for mine, theirs in zip(self, other, strict=True):
+            path, found = mine.path.absolute(), theirs.path.absolute()
+            if path != found:
+                return f"expected {path} as video {mine.video_id}, got {found}"
+            for name in COLUMNS[1:]:
+                if getattr(mine, name) != getattr(theirs, name):
+                    return f"expected the {name} {getattr(mine, name)!r} of {path}, got {getattr(theirs, name)!r}"
+        return None
+
     def to_csv(self, path: Source) -> None:
         """Write the index so that :meth:`from_csv` reads it back; paths under the file's folder become relative."""
         path = Path(path)
