@@ -166,6 +166,17 @@ def test_a_run_that_crashed_goes_on_bit_for_bit(tmp_path, bank):
         assert np.array_equal(*features)
 
 
+@pytest.mark.parametrize("every", [4, 1000])
+def test_rows_of_figures_outlast_any_stop(tmp_path, every):
+    straight = losses(ce.train(small(tmp_path / "a"), cache=MovingSquares()))
+    config = small(tmp_path / "b")
+    config = replace(config, output=replace(config.output, checkpoint_every=every))
+    with pytest.raises(Crash):
+        ce.train(config, cache=MovingSquares(), report=crash_at(5))  # in the second phase, before its first checkpoint
+    assert losses(ce.train(config, resume=True, cache=MovingSquares())) == straight
+    assert losses(ce.train(config, resume=True, cache=MovingSquares())) == straight, "a complete run stays as it is"
+
+
 KILLED = """
 import os, signal, sys
 sys.path.insert(0, {tests!r})

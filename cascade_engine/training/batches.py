@@ -75,6 +75,19 @@ def training_rows(cache: ClipCache, config: TrainConfig) -> npt.NDArray[np.int64
     return np.array(long_enough, np.int64)
 
 
+def batches_per_epoch(videos: int, config: TrainConfig, world: World) -> int:
+    """Batches in a pass over so many training videos; a smaller last one counts where every process has a clip of it.
+
+    Raises:
+        InvalidInput: there are fewer videos than processes.
+    """
+    size = config.optim.batch
+    count = videos // size + (videos % size >= world.size)
+    if not count:
+        raise InvalidInput(f"data: expected at least {world.size} training videos, found {videos}")
+    return count
+
+
 class Batches(Dataset[Batch]):
     """The batches of a phase by number: item ``epoch * per_epoch + n`` is the n-th of an epoch.
 
@@ -96,10 +109,7 @@ class Batches(Dataset[Batch]):
         self.world = world or World()
         self.phase: PhaseConfig = config.phase[number]
         self.rows = training_rows(cache, config)
-        size = config.optim.batch
-        self.per_epoch = len(self.rows) // size + (len(self.rows) % size >= self.world.size)
-        if not self.per_epoch:
-            raise InvalidInput(f"data: expected at least {self.world.size} training videos, found {len(self.rows)}")
+        self.per_epoch = batches_per_epoch(len(self.rows), config, self.world)
 
     def __len__(self) -> int:
         """Batches in the phase."""

@@ -11,7 +11,7 @@ import torch
 
 from cascade_engine.errors import InvalidInput
 from cascade_engine.training import checkpoint
-from cascade_engine.training.batches import SPOILT, Batch, Batches
+from cascade_engine.training.batches import SPOILT, Batch, batches_per_epoch, training_rows
 from cascade_engine.training.config import TrainConfig
 from cascade_engine.training.data import augmentation, open_cache
 from cascade_engine.training.desk import Desk, Report
@@ -68,10 +68,13 @@ def train(
         augment = augment or augmentation(config)
         held = checkpoint.newest(run.checkpoints)
         saved = checkpoint.load(held) if held else None
+        per_epoch = batches_per_epoch(len(training_rows(cache, config)), config, world)
         desk = Desk(run=run, world=world, report=report, interruption=stack.enter_context(Interruption()))
         if world.first:
             run.note_data(cache)
-            desk.journal = Journal(run.folder, config.output, config.name, saved["step"] if saved else 0)
+            done = sum(phase.epochs for phase in config.phase if phase.name in run.phases) * per_epoch
+            reached = max(done, saved["step"] if saved else 0)
+            desk.journal = Journal(run.folder, config.output, config.name, reached)
             stack.callback(desk.journal.close)
         for number, phase in enumerate(config.phase):
             if phase.name not in run.phases:
@@ -84,7 +87,7 @@ def train(
                     run.save_encoders(phase.name, {phase.train: state.encoder})
                 wait(world)
             write_features(run, phase.name, cache, world, device)
-            desk.before += len(Batches(cache, config, number, augment, world))
+            desk.before += phase.epochs * per_epoch
     return run
 
 
