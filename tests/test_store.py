@@ -1,6 +1,8 @@
 """The feature store's rows, columns, phases and views, as its own reader shows them."""
 
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import ml_dtypes
 import numpy as np
@@ -234,6 +236,23 @@ def test_phases_stand_side_by_side_and_a_sealed_one_takes_nothing_more(tmp_path,
         store.new_phase("main")
     with pytest.raises(NotFound, match="phase 'cycle-2'"):
         store.bank(phase="cycle-2")
+
+
+def test_threads_make_phases_and_stores_side_by_side(tmp_path, rng):
+    fill_store(tmp_path / "s", rng, 10)
+    store = ce.FeatureStore.open(tmp_path / "s")
+    names = [f"phase-{number}" for number in range(8)]
+    start = threading.Barrier(8)
+
+    def make(name):
+        start.wait()
+        store.new_phase(name).close()
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(make, names))
+    assert set(store.phases) == {"main", *names}
+    assert store.verify() == []
+    assert [each.name for each in tmp_path.iterdir()] == ["s"]
 
 
 def test_grouped_appends_show_together(tmp_path, rng):

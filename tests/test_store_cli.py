@@ -106,16 +106,20 @@ def test_staging_groups_are_merged(path):
 
 def test_gc_removes_what_crashes_leave_and_nothing_else(path):
     folder = path / "phases/main"
-    left = [folder / "rgb/c.7.0", folder / "rgb/zarr.json.new", folder / "label-9", path.with_name("s.new-999999999")]
+    aside = f"new-999999999-{32 * 'a'}"
+    left = [folder / "rgb/c.7.0", folder / "rgb/zarr.json.new", folder / "label-9", path.with_name(f"s.{aside}")]
+    left.append(staging.folder(path) / f"main.a.{aside}")
+    others = [path.with_name(f"t.{aside}"), path.with_name("s.new-2"), path.with_name("s.new-model")]
     for each in left[:2]:
         each.write_bytes(bytes(100))
-    for each in left[2:]:
-        each.mkdir()
+    for each in left[2:] + others:
+        each.mkdir(parents=True)
     found = json.loads(call("gc", path, "--dry-run", "--json"))
     assert sorted(found["files"]) == sorted(map(str, left))
     assert all(each.exists() for each in left)
     call("gc", path)
     assert not any(each.exists() for each in left)
+    assert all(each.exists() for each in others), "they are somebody's"
     store = ce.FeatureStore.open(path)
     assert store.verify() == []
     assert store.rows == 60

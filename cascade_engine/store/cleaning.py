@@ -7,15 +7,16 @@ import shutil
 from pathlib import Path
 
 from cascade_engine.errors import StoreError
-from cascade_engine.store.creating import phase_names, read_root
+from cascade_engine.store import staging
+from cascade_engine.store.creating import left_aside, phase_names, read_root
 from cascade_engine.store.locking import take_lock
 from cascade_engine.store.record import Record, read_record
 from cascade_engine.store.shelving import superseded
 
 
 def clean(root: Path, *, dry_run: bool = False) -> list[tuple[Path, int]]:
-    """Remove temporary files, half-made phases, chunk files past the last commit, and what was prepared for mining of
-    earlier commits; returns them with their bytes.
+    """Remove temporary files, half-made phases, half-removed staging groups, chunk files past the last commit, and
+    what was prepared for mining of earlier commits; returns them with their bytes.
 
     Args:
         root: the store.
@@ -26,7 +27,7 @@ def clean(root: Path, *, dry_run: bool = False) -> list[tuple[Path, int]]:
         StoreError: the disk refuses.
     """
     read_root(root)
-    gone = [(each, _bytes(each)) for each in root.parent.glob(f"{root.name}.new-*") if not _runs(each)]
+    gone = [(each, _bytes(each)) for each in left_aside(root.parent, root.name) + left_aside(staging.folder(root))]
     locks = []
     try:
         for name in phase_names(root):
@@ -63,12 +64,6 @@ def _past(folder: Path, record: Record) -> list[Path]:
 
 def _is_chunk(file: Path) -> bool:
     return all(part.isdigit() for part in file.name.split(".")[1:])
-
-
-def _runs(folder: Path) -> bool:
-    """Whether the process that is making this folder still runs."""
-    pid = folder.name.rpartition("-")[2]
-    return pid.isdigit() and Path(f"/proc/{pid}").exists()
 
 
 def _bytes(path: Path) -> int:

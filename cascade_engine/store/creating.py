@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,8 @@ from cascade_engine.errors import NotFound, SchemaMismatch, StoreError
 from cascade_engine.store.files import LocalFiles, write_whole
 from cascade_engine.store.record import FORMAT, Record
 from cascade_engine.store.writer import PhaseWriter
+
+_ASIDE = re.compile(r"\.new-(\d+)-[0-9a-f]{32}$")
 
 
 def make_store(root: Path, record: Record) -> None:
@@ -112,7 +116,19 @@ def _place(source: Path, target: Path) -> None:
 
 def aside(path: Path) -> Path:
     """A name beside `path` for what is not whole: being made, or being removed."""
-    return path.with_name(f"{path.name}.new-{os.getpid()}")
+    return path.with_name(f"{path.name}.new-{os.getpid()}-{uuid.uuid4().hex}")
+
+
+def is_aside(path: Path) -> bool:
+    """Whether `aside` gave this name, in any process."""
+    return _ASIDE.search(path.name) is not None
+
+
+def left_aside(folder: Path, name: str | None = None) -> list[Path]:
+    """What `aside` named in a folder, of things called `name` where given, and whose process runs no more."""
+    found = [(each, _ASIDE.search(each.name)) for each in sorted(folder.glob("*.new-*"))]
+    ours = [(each, match) for each, match in found if match and name in (None, each.name[: match.start()])]
+    return [each for each, match in ours if not Path(f"/proc/{match[1]}").exists()]
 
 
 def _group(attributes: Mapping[str, Any]) -> bytes:
