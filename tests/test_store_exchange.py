@@ -159,6 +159,17 @@ def test_clips_that_power_loss_took_from_a_group_do_not_hide_others(path, tmp_pa
         assert store.column("clip_id").tolist() == list(range(235))
 
 
+def test_a_locked_group_holds_up_its_merge_and_not_the_next(path):
+    for name, first in (("a", 220), ("b", 230)):
+        with staging.stage(path, name) as group:
+            group.append(**batch(5, first, 10))
+    with ce.FeatureStore.open(path, mode="a") as store:
+        with again(path, "b"), pytest.raises(StoreLocked, match=r"main\.b"):
+            store.merge()
+        again(path, "a").close()
+        assert store.merge() == 20
+
+
 def test_nobody_writes_to_a_group_while_it_is_removed(path, monkeypatch):
     with staging.stage(path, "a") as group:
         group.append(**batch(5, 220, 30))
@@ -173,6 +184,20 @@ def test_nobody_writes_to_a_group_while_it_is_removed(path, monkeypatch):
     with ce.FeatureStore.open(path, mode="a") as store:
         assert store.merge() == 30
     assert seen == staging.staged(path)
+
+
+def test_a_phase_whose_name_another_begins_with_takes_its_own_groups_only(path):
+    for name in ("v1", "v1.1"):
+        ce.FeatureStore.open(path).new_phase(name).close()
+        with staging.stage(path, "a", phase=name) as group:
+            group.append(**batch(5, 10 * len(name), 5))
+    staging.folder(path).joinpath(f"v1.b.new-1-{32 * 'a'}").mkdir()
+    staging.folder(path).joinpath(f"v1.b.new-1-{32 * 'a'}", "zarr.json").touch()
+    with ce.FeatureStore.open(path, mode="a", phase="v1") as store:
+        assert store.merge() == 5
+        assert store.column("clip_id").tolist() == list(range(20, 25))
+    with ce.FeatureStore.open(path, mode="a", phase="v1.1") as store:
+        assert store.merge() == 5
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy.typing as npt
 
 from cascade_engine.errors import NotFound
 from cascade_engine.store.columns import Categorical
-from cascade_engine.store.creating import aside
+from cascade_engine.store.creating import aside, is_aside, read_root
 from cascade_engine.store.feature_store import FeatureStore
 from cascade_engine.store.writer import Durability
 
@@ -42,7 +43,9 @@ def stage(
 def staged(path: str | os.PathLike[str], *, phase: str | None = None) -> list[Path]:
     """The staging groups of a phase, by name."""
     with FeatureStore.open(path, phase=phase) as store:
-        return sorted(each.parent for each in folder(path).glob(f"{store.phase}.*/zarr.json"))
+        named = sorted(each.parent for each in folder(path).glob(f"{store.phase}.*/zarr.json"))
+        # Phases' names may have dots too: of groups of main.flow, only what they say tells that they are not of main.
+        return [each for each in named if not is_aside(each) and read_root(each) == store.phase]
 
 
 def merge(
@@ -72,8 +75,8 @@ def merge(
     for path in paths:
         if not (path / "zarr.json").exists():
             raise NotFound(f"{path}: expected a staging group")
-    sources = [FeatureStore.open(path, mode="a") for path in paths]  # their locks: nobody writes on
-    try:
+    with ExitStack() as locks:  # nobody writes on
+        sources = [locks.enter_context(FeatureStore.open(path, mode="a")) for path in paths]
         before = store.merged
         added = store.append_all(
             _blocks(store, sources, progress), {source.identity()[1]: source.rows for source in sources}
@@ -83,9 +86,6 @@ def merge(
                 _fill(store, source)
         if not keep:
             _remove(store.path, paths)
-    finally:
-        for source in sources:
-            source.close()
     return added
 
 
