@@ -106,6 +106,52 @@ def test_a_missing_or_truncated_chunk_is_refused_by_readers_and_named_by_verify(
         store.column("video_id")
 
 
+@pytest.mark.parametrize("number", [0, 1], ids=["the tail", "a full chunk"])
+@pytest.mark.parametrize("lost", ["present-rgb", "both"])
+def test_a_lost_presence_is_no_phase_without_the_view(tmp_path, number, lost):
+    rows = PAGE // 4 * number + 100
+    with ce.FeatureStore.create(tmp_path / "s", {"rgb": 4}, chunk_bytes=PAGE) as store:
+        store.append({"rgb": np.ones((rows, 4), np.float32)}, clip_id=np.arange(rows), video_id=np.arange(rows))
+    folder = tmp_path / "s/phases/main"
+    gone = [folder / "present-rgb/c.0"] + [folder / "rgb/c.0.0"] * (lost == "both")
+    for file in gone:
+        file.unlink()
+    store = ce.FeatureStore.open(tmp_path / "s")
+    assert sorted(each.file for each in store.verify()) == gone
+    for read in (store.bank, store.coverage, lambda: store.present("rgb"), lambda: store.matching("has('rgb')")):
+        with pytest.raises(Corrupt, match=r"present-rgb/c\.0: expected a chunk file"):
+            read()
+    with pytest.raises(Corrupt, match=r"present-rgb/c\.0: expected a chunk file"):
+        ce.FeatureStore.open(tmp_path / "s", mode="a")
+
+
+def test_a_lost_tail_is_not_made_anew_by_the_next_append(path):
+    gone = path / "phases/main/rgb/c.7.0"
+    assert gone.exists()
+    gone.unlink()
+    with ce.FeatureStore.open(path, mode="a") as store, pytest.raises(Corrupt, match=r"rgb/c\.7\.0: expected a chunk"):
+        store.append(**batch(1, 500, 10))
+    store = ce.FeatureStore.open(path)
+    assert store.rows == 500
+    assert [each.file for each in store.verify()] == [gone]
+
+
+def test_views_that_no_clip_has_need_no_files(path):
+    with ce.FeatureStore.open(path, mode="a") as store:
+        store.add_view("depth", 16)
+        assert not list((path / "phases/main/depth").glob("c.*"))
+        assert not store.present("depth").any()
+        assert np.isnan(store.features("depth")).all()
+        store.fill("depth", [3, 499], np.ones((2, 16), np.float32))
+        store.append(**batch(1, 500, 10))
+    store = ce.FeatureStore.open(path)
+    assert np.flatnonzero(store.present("depth")).tolist() == [3, 499]
+    assert np.isfinite(store.features("depth")).all(axis=1).sum() == 2
+    assert store.verify() == []
+    for number in range(1, 7):  # between the two nothing was ever written
+        assert not (path / f"phases/main/depth/c.{number}.0").exists()
+
+
 def test_a_spoilt_commit_record_is_found(path):
     file = path / "phases/main/zarr.json"
     text = file.read_text()

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from cascade_engine.errors import StoreError
+from cascade_engine.store.blanks import is_blank
 from cascade_engine.store.creating import phase_names, read_root
 from cascade_engine.store.layout import ABSENT, ArraySpec, presence_path
 from cascade_engine.store.record import Record, document_crc, read_record
@@ -111,21 +112,28 @@ def _check_chunks(
         count = min(spec.chunk, tail.length - number * spec.chunk)
         crc = expected.get(number) if count == spec.chunk else tail.crc
         file = folder / spec.path / spec.chunk_file(number)
-        written = _written(folder, record, spec, number, count)
-        if written is False and not file.exists():
+        if _view(record, spec) is not None and not file.exists() and is_blank(spec, count, crc):
             continue
         data, what = _read(file, count * spec.row_bytes)
         if what:
             yield Problem(file=file, what=what)
-        elif crc is not None and zlib.crc32(_as_committed(data, record, spec, written, count)) != crc:
-            yield Problem(file=file, what=f"{count} rows are not as they were committed")
+        elif crc not in (None, zlib.crc32(data)):
+            written = _written(folder, record, spec, number, count)
+            if zlib.crc32(_as_committed(data, record, spec, written, count)) != crc:
+                yield Problem(file=file, what=f"{count} rows are not as they were committed")
         progress(len(data))
+
+
+def _view(record: Record, spec: ArraySpec) -> str | None:
+    """The view whose features or presence an array holds."""
+    view = spec.path.removeprefix("present-")
+    return view if view in record.views else None
 
 
 def _written(folder: Path, record: Record, spec: ArraySpec, number: int, count: int) -> Values | bool:
     """Which rows of a chunk count: all of a column's, those present of a view, none of a view nobody filled."""
-    view = spec.path if spec.path in record.views else spec.path.removeprefix("present-")
-    if view not in record.views or (view != spec.path and spec.path != presence_path(view)):
+    view = _view(record, spec)
+    if view is None:
         return True
     presence = record.arrays[presence_path(view)]
     held = np.full(count, ABSENT, np.int32)

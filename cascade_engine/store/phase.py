@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cascade_engine.errors import NotFound
+from cascade_engine.store.blanks import blank_chunks
 from cascade_engine.store.clips import ClipIndex
 from cascade_engine.store.columns import Categorical, unpack
 from cascade_engine.store.layout import presence_path
@@ -117,16 +118,9 @@ class Phase:
     def _array(self, path: str) -> Values:
         if path not in self._maps:
             spec, length = self.record.arrays[path], self.record.tails[path].length
-
-            def missing_ok(number: int) -> bool:
-                """A chunk of a view none of whose clips has it was never written."""
-                if path not in self.record.views:
-                    return False
-                held = self._array(presence_path(path))[number * spec.chunk : (number + 1) * spec.chunk]
-                return bool((held > self.record.commit).all())
-
-            if path.startswith("present-"):
-                self._maps[path] = map_array(self.folder / path, spec, length, lambda _: True)
-            else:
-                self._maps[path] = map_array(self.folder / path, spec, length, missing_ok)
+            view = path.removeprefix("present-")
+            missing_ok = blank_chunks(self.record, path, lambda: self._array("checksums"))
+            self._maps[path] = map_array(
+                self.folder / path, spec, length, missing_ok if view in self.record.views else lambda _: False
+            )
         return self._maps[path]

@@ -17,7 +17,8 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 
-from cascade_engine.errors import StoreError
+from cascade_engine.errors import Corrupt, StoreError
+from cascade_engine.store.blanks import blank_chunks
 from cascade_engine.store.files import Files, write_whole
 from cascade_engine.store.layout import ABSENT, ArraySpec, Tail, presence_path
 from cascade_engine.store.mapping import map_array
@@ -195,7 +196,7 @@ class PhaseWriter:
         for view in self.record.views:
             path = presence_path(view)
             spec, length = self.record.arrays[path], self.record.tails[path].length
-            held = map_array(self.folder / path, spec, length, lambda _: True)
+            held = map_array(self.folder / path, spec, length, blank_chunks(self.record, path, self._checksums))
             left = np.flatnonzero((held > commit) & (held != ABSENT))
             if len(left):
                 log.warning(
@@ -254,6 +255,10 @@ class PhaseWriter:
         whole = Tail(length=extended.length, crc=zlib.crc32(_bytes(values), tail.crc))
         return replace(pending, tails={**pending.tails, "checksums": whole})
 
+    def _checksums(self) -> Rows:
+        spec, length = self.pending.arrays["checksums"], self.pending.tails["checksums"].length
+        return map_array(self.folder / "checksums", spec, length, lambda _: False)
+
     def _chunk(self, spec: ArraySpec, number: int, *, blank: bool) -> int:
         """The descriptor of a chunk file, made at full size where it is new, of fill values where `blank`."""
         held = self._open.get(spec.path)
@@ -265,6 +270,8 @@ class PhaseWriter:
             del self._open[spec.path]
         path = self.folder / spec.path / spec.chunk_file(number)
         if blank and not path.exists():
+            if not blank_chunks(self.pending, spec.path, self._checksums)(number):
+                raise Corrupt(f"{path}: expected a chunk file, got none")
             whole = np.broadcast_to(spec.blank(), (spec.chunk, *spec.width)).tobytes()
             write_whole(self.files, path, whole, sync=self._sync)
             if self._sync:
