@@ -34,6 +34,7 @@ from cascade_engine.training.parallel import World
 from cascade_engine.training.phases import phase_rows
 from cascade_engine.training.presets import PRESETS, preset
 from cascade_engine.training.run import Run
+from cascade_engine.video.index import VideoIndex
 
 PHASES = (
     PhaseConfig(name="flow-0", train="flow", epochs=1),
@@ -230,6 +231,35 @@ def test_a_run_is_not_overwritten_nor_resumed_with_another_config(tmp_path):
         ce.train(config, cache=MovingSquares())
     with pytest.raises(InvalidInput, match="begun with another config"):
         ce.train(replace(config, seed=5), resume=True, cache=MovingSquares())
+
+
+def turned(cache):
+    """The same videos with their labels one place on."""
+    names = [entry.label for entry in cache.index]
+    cache.index = VideoIndex(
+        [replace(entry, label=name) for entry, name in zip(cache.index, names[1:] + names[:1], strict=True)]
+    )
+    return cache
+
+
+def moved(cache, folder):
+    cache.index = VideoIndex([replace(entry, path=folder / entry.path) for entry in cache.index])
+    return cache
+
+
+@pytest.mark.parametrize("step", [5, 9])  # a phase is done; a step of the next is saved
+def test_a_run_is_not_resumed_with_other_videos(tmp_path, step):
+    config = small(tmp_path)
+    with pytest.raises(Crash):
+        ce.train(config, cache=MovingSquares(), report=crash_at(step))
+    index = (tmp_path / "run" / "index.csv").read_text()
+    with pytest.raises(InvalidInput, match="begun with 24 videos, got 60"):
+        ce.train(config, resume=True, cache=MovingSquares(count=60))
+    with pytest.raises(InvalidInput, match=r"begun with other videos: 0 was \('0.mp4', 'way0', .* 'way1'"):
+        ce.train(config, resume=True, cache=turned(MovingSquares()))
+    assert (tmp_path / "run" / "index.csv").read_text() == index
+    run = ce.train(config, resume=True, cache=moved(MovingSquares(), tmp_path / "elsewhere"))
+    assert same(weights(run), weights(ce.train(small(tmp_path / "straight"), cache=MovingSquares())))
 
 
 def test_checkpoints_are_pruned_and_half_a_file_is_never_seen(tmp_path):

@@ -50,7 +50,7 @@ def train(
         The run, complete.
 
     Raises:
-        InvalidInput: the run exists already and is not to be resumed, or was begun with another config.
+        InvalidInput: the run exists already and is not to be resumed, or was begun with another config or other videos.
         CheckpointError: what is to be resumed does not fit.
         CascadeError: another process was lost.
         KeyboardInterrupt: interrupted; the last step is saved.
@@ -63,9 +63,10 @@ def train(
         if device.type == "cpu" and config.optim.precision == "bfloat16":
             # oneDNN's bfloat16 weight gradient of a (3, 1, 1) convolution over two frames is garbage (torch 2.15)
             stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
-        run = begin(config, resume=resume, world=world)
+        begun = find(config, resume=resume)
         cache = cache or open_cache(config, world)
         augment = augment or augmentation(config)
+        run = begin(config, cache, begun, world)
         held = checkpoint.newest(run.checkpoints)
         saved = checkpoint.load(held) if held else None
         per_epoch = batches_per_epoch(len(training_rows(cache, config)), config, world)
@@ -103,22 +104,31 @@ def prepare(config: TrainConfig, world: World) -> torch.device:
     return torch.device("cuda", world.rank % torch.cuda.device_count())
 
 
-def begin(config: TrainConfig, *, resume: bool, world: World) -> Run:
-    """The run's folder: made by the first process, or there already."""
+def find(config: TrainConfig, *, resume: bool) -> Run | None:
+    """The run to go on with; None where there is none yet."""
     folder = Path(config.output.runs) / config.name
-    there = (folder / "config.toml").exists()
-    wait(world)
-    if resume and there:
-        if Run.open(folder).config != config:
-            raise InvalidInput(f"resume: {folder} was begun with another config; give this run another name")
-    elif world.first:
-        Run.create(folder, config)
-    wait(world)
+    if not (folder / "config.toml").exists():
+        return None
+    if not resume:
+        raise InvalidInput(f"run: {folder} holds a run already; resume it, or give this one another name")
     run = Run.open(folder)
-    if world.first and not run.phase_path(INITIAL).exists():
-        make_initial(run)
-    wait(world)
+    if run.config != config:
+        raise InvalidInput(f"resume: {folder} was begun with another config; give this run another name")
     return run
+
+
+def begin(config: TrainConfig, cache: ClipCache, begun: Run | None, world: World) -> Run:
+    """The run's folder: made by the first process, or there already and of the same videos."""
+    folder = Path(config.output.runs) / config.name
+    if begun is not None and (begun.phases or checkpoint.newest(begun.checkpoints)):
+        begun.require_videos(cache.index)
+    wait(world)  # all have looked
+    if world.first:
+        run = begun or Run.create(folder, config)
+        if not run.phase_path(INITIAL).exists():
+            make_initial(run)
+    wait(world)
+    return begun or Run.open(folder)
 
 
 def train_phase(state: PhaseState, desk: Desk, device: torch.device) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -162,9 +163,24 @@ class Run:
         weights = {view: encoder.state_dict() for view, encoder in encoders.items()}
         checkpoint.save(self.phase_path(phase), {"encoders": weights})
 
+    def require_videos(self, index: VideoIndex) -> None:
+        """Refuse other videos than the run was begun with; the folder that they lie in may have moved.
+
+        Raises:
+            InvalidInput: another number of videos, another order, or one of another name, label, split, part or group.
+        """
+        before, now = _described(self.index), _described(index)
+        if len(before) != len(now):
+            raise InvalidInput(f"resume: {self.folder} was begun with {len(before)} videos, got {len(now)}")
+        for row, (one, other) in enumerate(zip(before, now, strict=True)):
+            if one != other:
+                raise InvalidInput(f"resume: {self.folder} was begun with other videos: {row} was {one}, got {other}")
+
     def note_data(self, cache: Any) -> None:
         """Keep the videos' index, and where the cache is, beside versions and seed."""
-        cache.index.to_csv(self.index_path)
+        partial = self.index_path.with_name(f".{self.index_path.name}.partial")
+        cache.index.to_csv(partial)
+        partial.replace(self.index_path)  # never half an index, which no videos would fit
         where = str(cache.folder.absolute()) if isinstance(cache, ClipCache) else ""
         told = {**versions(), "seed": self.config.seed, "cache": where}
         (self.folder / "versions.json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
@@ -189,6 +205,16 @@ def fresh_encoder(config: TrainConfig, view: str) -> Encoder:
         norm=model.norm,
         subtract_background=view in model.subtract_background,
     )
+
+
+def _described(index: VideoIndex) -> list[tuple[Any, ...]]:
+    """What makes each video the one that it is, its path from the folder that they all lie in."""
+    paths = [entry.path.absolute() for entry in index]
+    root = os.path.commonpath([path.parent for path in paths]) if paths else ""
+    return [
+        (str(path.relative_to(root)), entry.label or "", entry.split or "", entry.start, entry.end, entry.group or "")
+        for path, entry in zip(paths, index, strict=True)
+    ]
 
 
 def _number(text: str | None) -> Any:
