@@ -61,6 +61,16 @@ def test_an_import_makes_the_store_and_hints_at_float16(tmp_path):
     assert store.columns["score"] == "float"
 
 
+def test_files_without_clip_ids_are_imported_one_after_the_other(tmp_path):
+    values = np.arange(96, dtype=np.float32).reshape(12, 8)
+    for number in range(3):
+        np.savez(tmp_path / f"{number}.npz", rgb=values[number * 4 : number * 4 + 4])
+    assert "12 clips added" in call("import", tmp_path / "s", *(tmp_path / f"{number}.npz" for number in range(3)))
+    store = ce.FeatureStore.open(tmp_path / "s")
+    assert store.column("clip_id").tolist() == list(range(12))
+    assert np.array_equal(store.features("rgb"), values)
+
+
 def test_a_query_answers_as_search_does(path):
     arguments = ("query", path, "--plan", "flow:50%,rgb:3", "--clip", 5, "--clip", 9, "--where", "clip_id > 20")
     found = json.loads(call(*arguments, "--json"))

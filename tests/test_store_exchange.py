@@ -341,6 +341,18 @@ def test_every_format_is_imported_to_the_same_store(tmp_path, kind):
         same(everything(store), tables())
 
 
+@pytest.mark.parametrize("durability", ["commit", "group", "none"])
+def test_clips_without_ids_are_counted_on_from_those_not_yet_published(tmp_path, durability):
+    rgb = np.arange(280, dtype=np.float32).reshape(70, 4)
+    with ce.FeatureStore.create(tmp_path / "s", {"rgb": 4}, durability=durability) as store:
+        store.append({"rgb": rgb[:10]}, clip_id=np.arange(10), video_id=np.arange(10))
+        parts = [{"rgb": rgb[start : start + 20]} for start in (10, 30, 50)]
+        assert exchanging.import_into(store, iter(parts)) == 60
+    store = ce.FeatureStore.open(tmp_path / "s")
+    assert store.column("clip_id").tolist() == store.column("video_id").tolist() == list(range(70))
+    assert np.array_equal(store.features("rgb"), rgb)
+
+
 def test_clips_in_files_of_their_own_are_imported_in_the_order_of_names(tmp_path):
     for number in range(5):
         torch.save({"x": torch.full((6,), float(number)), "label": f"l{number}"}, tmp_path / f"{number}.pt")

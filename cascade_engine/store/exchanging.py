@@ -76,14 +76,14 @@ def import_into(
 
     A clip_id or video_id that is not there is counted on from the rows: every clip a video of its own.
     """
-    added = 0
+    store.flush()
+    before, added = store.rows, 0
     for table in tables:
         named = {(rename or {}).get(name, name): values for name, values in table.items()}
         views = {name: values for name, values in named.items() if name in store.views}
         columns = {name: _column(values) for name, values in named.items() if name not in views}
         count = len(next(iter(named.values())))
-        fresh = np.arange(store.rows, store.rows + count)
-        columns = {"clip_id": fresh, **columns}
+        columns = {"clip_id": np.arange(before + added, before + added + count), **columns}
         columns.setdefault("video_id", columns["clip_id"])
         added += store.append(views, **columns)
         progress(count)
