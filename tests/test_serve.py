@@ -2,10 +2,13 @@
 
 import base64
 import re
+import select
 import shutil
 import socket
 import threading
 import time
+from contextlib import contextmanager
+from http.client import HTTPResponse
 from pathlib import Path
 
 import deployed
@@ -183,22 +186,95 @@ def test_a_model_without_labels_is_refused():
         create_app(silent)
 
 
-@pytest.fixture
-def address(model, scratch):
+@contextmanager
+def served(app):
     """The service on a free port of this machine."""
     import uvicorn
 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    server = uvicorn.Server(uvicorn.Config(create_app(model), host="127.0.0.1", port=port, log_level="error"))
+    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="error"))
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:
         time.sleep(0.02)
-    yield f"http://127.0.0.1:{port}/"
-    server.should_exit = True
-    thread.join(20)
+    try:
+        yield port
+    finally:
+        server.should_exit = True
+        thread.join(20)
+
+
+def begun(port, length):
+    """A connection that has announced an upload and sent none of it yet."""
+    opened = socket.create_connection(("127.0.0.1", port), timeout=20)
+    opened.sendall(f"POST /classify HTTP/1.1\r\nHost: here\r\nContent-Length: {length}\r\n\r\n".encode())
+    return opened
+
+
+def answer_to(connection):
+    with HTTPResponse(connection) as answer:
+        answer.begin()
+        return answer.status, answer.read().decode()
+
+
+def is_answered(connection):
+    return bool(select.select([connection], [], [], 0)[0])
+
+
+def post(port, content):
+    with begun(port, len(content)) as connection:
+        connection.sendall(content)
+        return answer_to(connection)
+
+
+def test_who_sends_nothing_does_not_keep_others_out(model, scratch, video):
+    with served(create_app(model, ServiceLimits(waiting=2, patience=1.5))) as port:
+        silent = [begun(port, 1000) for _ in range(3)]
+        silent[0].sendall(b"x" * 10)
+        while len(list(scratch.iterdir())) < len(silent):
+            time.sleep(0.01)
+        assert post(port, video.read_bytes())[0] == 503
+        for connection in silent:
+            with connection:
+                status, text = answer_to(connection)
+                assert status == 408
+                assert "expected 32768 bytes a second, got fewer for 1.5 s" in text
+                assert connection.recv(1) == b"", "left open"
+        assert post(port, video.read_bytes())[0] == 200
+    assert list(scratch.iterdir()) == []
+
+
+def test_a_trickle_is_sent_away_and_a_steady_upload_may_take_long(model, scratch, video):
+    content = video.read_bytes()
+    limits = ServiceLimits(slowest=len(content) / 8, patience=1.5)
+    parts = [content[first : first + len(content) // 8 + 1] for first in range(0, len(content), len(content) // 8 + 1)]
+    with (
+        served(create_app(model, limits)) as port,
+        begun(port, len(content)) as steady,
+        begun(port, 10**8) as trickle,
+        begun(port, 10**8) as burst,
+    ):
+        burst.sendall(b"x" * (20 * len(content)))  # far ahead of its time, which is not saved up
+        started, drops = time.monotonic(), 0
+        for part in parts:
+            steady.sendall(part)
+            if not is_answered(trickle):
+                trickle.sendall(b"x")
+                drops += 1
+            time.sleep(0.5)
+        assert time.monotonic() - started > 2 * limits.patience
+        assert answer_to(steady)[0] == 200
+        assert drops < len(parts)
+        assert is_answered(burst)
+        assert [answer_to(each)[0] for each in (trickle, burst)] == [408, 408]
+
+
+@pytest.fixture
+def address(model, scratch):
+    with served(create_app(model)) as port:
+        yield f"http://127.0.0.1:{port}/"
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import AsyncIterator
 from dataclasses import asdict, dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -34,12 +35,16 @@ class ServiceLimits:
         video: of the video in it.
         at_once: videos that are decoded and classified at the same time; others wait.
         waiting: requests that may wait; further ones are sent away (503).
+        slowest: bytes a second at which an upload must come, as it holds a place meanwhile.
+        patience: seconds that it may fall behind that, or say nothing, before it is sent away (408).
     """
 
     upload_bytes: int = 200 * 2**20
     video: Limits = field(default_factory=lambda: Limits(seconds=300, frame_pixels=4096 * 2304, total_pixels=20e9))
     at_once: int = 1
     waiting: int = 8
+    slowest: float = 2**15
+    patience: float = 10.0
 
 
 def create_app(model: Model, limits: ServiceLimits | None = None) -> FastAPI:
@@ -72,7 +77,7 @@ def create_app(model: Model, limits: ServiceLimits | None = None) -> FastAPI:
     ) -> dict[str, Any]:
         with queue.place(), TemporaryDirectory(prefix="cascade-upload-") as folder:
             path = Path(folder) / "upload"
-            await _receive(request, path, bounds.upload_bytes)
+            await _receive(request, path, bounds)
             async with queue.turn:
                 result = await anyio.to_thread.run_sync(_classify, model, path, bounds.video)
         row = result.to_json(top=top, timeline=timeline)
@@ -108,16 +113,30 @@ class _Queue:
         self.waiting -= 1
 
 
-async def _receive(request: Request, path: Path, limit: int) -> None:
+async def _receive(request: Request, path: Path, limits: ServiceLimits) -> None:
     announced = request.headers.get("content-length", "0")
-    if announced.isdigit() and int(announced) > limit:  # no need to let it come
-        raise HTTPException(413, f"upload: expected at most {limit} bytes, got {announced}")
+    if announced.isdigit() and int(announced) > limits.upload_bytes:  # no need to let it come
+        raise HTTPException(413, f"upload: expected at most {limits.upload_bytes} bytes, got {announced}")
     try:
-        await receive(request.stream(), request.headers.get("content-type", ""), path, limit)
+        with anyio.fail_after(limits.patience) as scope:
+            chunks = _in_time(request.stream(), scope, limits)
+            await receive(chunks, request.headers.get("content-type", ""), path, limits.upload_bytes)
     except TooLarge as error:
         raise HTTPException(413, str(error)) from None
     except InvalidInput as error:
         raise HTTPException(400, str(error)) from None
+    except TimeoutError:
+        told = f"upload: expected {limits.slowest:.0f} bytes a second, got fewer for {limits.patience:g} s"
+        raise HTTPException(408, told, {"Connection": "close"}) from None
+
+
+async def _in_time(
+    chunks: AsyncIterator[bytes], scope: anyio.CancelScope, limits: ServiceLimits
+) -> AsyncIterator[bytes]:
+    """The chunks; each puts the scope's deadline off by the time it may have taken, and never beyond the patience."""
+    async for chunk in chunks:
+        scope.deadline = min(scope.deadline + len(chunk) / limits.slowest, anyio.current_time() + limits.patience)
+        yield chunk
 
 
 def _classify(model: Model, path: Path, limits: Limits) -> Result:
