@@ -14,6 +14,7 @@ from cascade_engine.demo.videos import DemoOptions, hold_out
 from cascade_engine.errors import InvalidInput
 from cascade_engine.store import FeatureStore
 from cascade_engine.training.presets import preset
+from cascade_engine.training.run import Run
 from cascade_engine.video.decode import probe
 from cascade_engine.video.index import VideoEntry, VideoIndex
 
@@ -37,7 +38,7 @@ def windows_of_real_videos(folder: Path) -> Path:
 def short(options: DemoOptions) -> DemoOptions:
     """The same course in a few steps."""
     config = options.config
-    phases = tuple(replace(phase, epochs=1, mine_from=0.0) for phase in config.phase)
+    phases = tuple(replace(phase, epochs=2 if phase.plan else 1) for phase in config.phase)
     return replace(options, config=replace(config, phase=phases), epochs=1)
 
 
@@ -48,6 +49,9 @@ def test_real_videos_in_a_label_out_and_a_second_run_continues(tmp_path):
     classes = min(CLASSES, len(real_videos()))
     assert {row.features for row in first.rows} == {RAW, RANDOM, *(phase.name for phase in options.config.phase)}
     best = max(row.first for row in first.rows)
+    figures = Run.open(tmp_path / "demo" / "run").metrics
+    mined = {phase.name for phase in options.config.phase if phase.plan}
+    assert {row["phase"] for row in figures if row["coverage"] is not None} == mined, "among few videos, too"
     assert best > CHANCE_TIMES / classes, "the same video from another window is found more often than by chance"
     assert first.labels.confusion.sum() == classes
     page = first.report.read_text()

@@ -31,7 +31,7 @@ from cascade_engine.training.config import (
 )
 from cascade_engine.training.data import augmentation
 from cascade_engine.training.parallel import World
-from cascade_engine.training.phases import phase_rows
+from cascade_engine.training.phases import first_mining, phase_rows
 from cascade_engine.training.presets import PRESETS, preset
 from cascade_engine.training.run import Run
 from cascade_engine.video.index import VideoIndex
@@ -308,6 +308,42 @@ def test_a_phase_may_have_a_bank_of_its_own_size(tmp_path):
     ce.train(config, cache=MovingSquares(), report=note)
     assert sizes["flow-0"] == [1.0, 1.0, 1.0]
     assert sizes["rgb-1"][:3] == [0.5, 1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    "bank", [BankConfig(size=16), BankConfig(size=37), BankConfig(size=40), BankConfig(kind="indexed")]
+)
+@pytest.mark.parametrize("mine_from", [0.0, 0.55, 1.0])
+def test_when_mining_begins_is_known_before(tmp_path, bank, mine_from):
+    phases = (PHASES[0], replace(PHASES[1], mine_from=mine_from))
+    config = small(tmp_path, bank=bank, phase=phases)
+    begun = []
+    ce.train(config, cache=MovingSquares(), report=lambda now: begun.append((now.phase, now.precision is not None)))
+    mined = [step for step, (_, mining) in enumerate(begun[3:]) if mining]
+    assert mined[0] == first_mining(config, 1, 20, 3)
+
+
+def test_a_phase_that_could_never_mine_is_refused_before_a_run_is_made(tmp_path, caplog):
+    config = small(tmp_path, bank=BankConfig(size=2048))
+    with pytest.raises(InvalidInput, match=r"phase\.2: 4 epochs of 20 videos are 12 batches, and the 2048 keys"):
+        ce.train(config, cache=MovingSquares())
+    assert not (tmp_path / "run").exists()
+    for size, said in ((72, "come after 11"), (32, "")):  # the last batch alone mines; 7 of 12 do
+        caplog.clear()
+        ce.train(small(tmp_path / str(size), bank=BankConfig(size=size)), cache=MovingSquares())
+        assert any("must hold to be mined in" in line and said in line for line in caplog.messages) == bool(said)
+    with pytest.raises(InvalidInput, match=r"phase\.2: .* come after 12: it would never mine"):
+        ce.train(replace(config, bank=BankConfig(size=77)), cache=MovingSquares())
+    alone = small(tmp_path, bank=BankConfig(size=2048), phase=PHASES[:1])
+    assert ce.train(alone, cache=MovingSquares()).phases == ("flow-0",), "own keys need no full bank"
+
+
+def test_a_run_that_never_mines_and_was_begun_is_resumed_with_a_warning(tmp_path, caplog):
+    config = small(tmp_path, bank=BankConfig(size=2048))
+    Run.create(tmp_path / "run", config)
+    run = ce.train(config, resume=True, cache=MovingSquares())
+    assert run.metrics[-1]["precision"] is None
+    assert any(line.endswith(": it never mines") for line in caplog.messages)
 
 
 def test_supervised_positives_are_right(tmp_path):

@@ -10,13 +10,14 @@ import numpy as np
 
 from cascade_engine.demo.measuring import Row, measure, remarks
 from cascade_engine.demo.page import write_demo_report
-from cascade_engine.demo.videos import DemoOptions, Progress, find_videos
+from cascade_engine.demo.videos import DemoOptions, Progress, find_videos, mining_in_time
 from cascade_engine.deployment.artefact import load, save
 from cascade_engine.deployment.assemble import assemble
 from cascade_engine.deployment.finetune import finetune
 from cascade_engine.deployment.finetuned import FinetuneConfig, FineTuned
 from cascade_engine.deployment.predict import predict
 from cascade_engine.evaluation.features import Scores, accuracy_scores
+from cascade_engine.training.config import TrainConfig
 from cascade_engine.training.desk import Progress as Step
 from cascade_engine.training.loop import train
 from cascade_engine.training.run import Run
@@ -74,6 +75,8 @@ def run_demo(options: DemoOptions, progress: Progress) -> Outcome:
     def step(now: Step) -> None:
         progress(f"train {now.phase}", now.step, now.steps)
 
+    if not _begun(course):  # a demo of before goes on as it was
+        course = mining_in_time(course, cache)
     run = train(course, resume=True, cache=cache, report=step)
     progress("measure", 0, 1)
     rows = measure(run)
@@ -88,6 +91,12 @@ def run_demo(options: DemoOptions, progress: Progress) -> Outcome:
     )
     progress("report", 1, 1)
     return Outcome(rows=rows, remarks=remarks(rows), labels=labels, model=model, report=report)
+
+
+def _begun(course: TrainConfig) -> bool:
+    """Whether the demo's run is there and was begun with just this config."""
+    folder = Path(course.output.runs) / course.name
+    return (folder / "config.toml").exists() and Run.open(folder).config == course
 
 
 def _finetuned(run: Run, view: str, epochs: int, progress: Progress) -> Path:

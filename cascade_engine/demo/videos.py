@@ -7,8 +7,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from cascade_engine.errors import InvalidInput
+from cascade_engine.training.batches import batches_per_epoch, training_rows
 from cascade_engine.training.config import TrainConfig
+from cascade_engine.training.parallel import World
+from cascade_engine.training.phases import first_mining
 from cascade_engine.training.presets import preset
+from cascade_engine.video.cache import ClipCache
 from cascade_engine.video.index import VideoEntry, VideoIndex
 
 Progress = Callable[[str, int, int], None]  # what is being done, how much of it is done, how much there is
@@ -71,6 +75,20 @@ def find_videos(options: DemoOptions, progress: Progress) -> VideoIndex:
         given = hold_out(VideoIndex.from_folder(options.videos))
     given.to_csv(folder / "index.csv")
     return VideoIndex.from_csv(folder / "index.csv")
+
+
+def mining_in_time(config: TrainConfig, cache: ClipCache) -> TrainConfig:
+    """The config, in which phases that would end before their bank is full mine after a pass over the videos."""
+    videos = len(training_rows(cache, config))
+    per_epoch = batches_per_epoch(videos, config, World())
+    phases = []
+    for number, phase in enumerate(config.phase):
+        if phase.plan and first_mining(config, number, videos, per_epoch) >= per_epoch * phase.epochs:
+            size = phase.bank_size or config.bank.size
+            phases.append(replace(phase, mine_from=min(phase.mine_from, (videos - 0.5) / size)))  # rounded up
+        else:
+            phases.append(phase)
+    return replace(config, phase=tuple(phases))
 
 
 def hold_out(index: VideoIndex) -> VideoIndex:

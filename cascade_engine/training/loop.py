@@ -20,7 +20,7 @@ from cascade_engine.training.interruption import Interruption
 from cascade_engine.training.journal import Journal
 from cascade_engine.training.objective import Contrast, Outcome
 from cascade_engine.training.parallel import World, average_statistics, gather, joined, sum_gradients, wait
-from cascade_engine.training.phases import make_initial
+from cascade_engine.training.phases import judge_mining, make_initial
 from cascade_engine.training.run import INITIAL, Run
 from cascade_engine.training.state import PhaseState
 from cascade_engine.video.augment import Augment
@@ -50,7 +50,8 @@ def train(
         The run, complete.
 
     Raises:
-        InvalidInput: the run exists already and is not to be resumed, or was begun with another config or other videos.
+        InvalidInput: the run exists already and is not to be resumed, or was begun with another config or other videos;
+            or a phase of a new run would end before its bank is full enough to mine in.
         CheckpointError: what is to be resumed does not fit.
         CascadeError: another process was lost.
         KeyboardInterrupt: interrupted; the last step is saved.
@@ -66,10 +67,12 @@ def train(
         begun = find(config, resume=resume)
         cache = cache or open_cache(config, world)
         augment = augment or augmentation(config)
+        videos = len(training_rows(cache, config))
+        per_epoch = batches_per_epoch(videos, config, world)
+        judge_mining(config, videos, per_epoch, refuse=begun is None)
         run = begin(config, cache, begun, world)
         held = checkpoint.newest(run.checkpoints)
         saved = checkpoint.load(held) if held else None
-        per_epoch = batches_per_epoch(len(training_rows(cache, config)), config, world)
         desk = Desk(run=run, world=world, report=report, interruption=stack.enter_context(Interruption()))
         if world.first:
             run.note_data(cache)

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from dataclasses import dataclass
 
 import torch
 
+from cascade_engine.errors import InvalidInput
 from cascade_engine.models import Encoder
 from cascade_engine.plan import PRESETS
 from cascade_engine.training.config import PhaseConfig, TrainConfig
 from cascade_engine.training.run import INITIAL, Run, fresh_encoder
+
+log = logging.getLogger(__name__)
+LATE = 0.5  # share of a phase without mining that is worth a word
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +74,52 @@ def _positives(phase: PhaseConfig) -> str:
     if plan is None:
         return f"own key{keys}"
     return (f"{phase.plan}, k = {plan.counts(1 << 30)[-1]}" if phase.plan in PRESETS else str(plan)) + keys
+
+
+def keys_to_mine(config: TrainConfig, number: int, videos: int) -> int:
+    """Keys that the bank of phase `number` (from 0) must hold before positives are looked for in it."""
+    phase = config.phase[number]
+    size = videos if config.bank.kind == "indexed" else phase.bank_size or config.bank.size
+    return max(1, math.ceil(phase.mine_from * size))
+
+
+def first_mining(config: TrainConfig, number: int, videos: int, per_epoch: int) -> int:
+    """The batches of phase `number` (from 0) that are over when mining begins, at the earliest; perhaps all of them.
+
+    Args:
+        config: the run's.
+        number: of the phase.
+        videos: trained on.
+        per_epoch: batches in a pass over them.
+    """
+    batch = config.optim.batch
+    passes, more = divmod(keys_to_mine(config, number, videos), min(videos, per_epoch * batch))
+    return passes * per_epoch + math.ceil(more / batch)
+
+
+def judge_mining(config: TrainConfig, videos: int, per_epoch: int, *, refuse: bool) -> None:
+    """Say which phases mine late or never: with few videos a phase may end before its bank is full.
+
+    Args:
+        config: the run's.
+        videos: trained on.
+        per_epoch: batches in a pass over them.
+        refuse: raise where a phase never mines; else only warn.
+
+    Raises:
+        InvalidInput: a phase is to find positives and would never begin to.
+    """
+    for number, phase in enumerate(config.phase):
+        first, steps = first_mining(config, number, videos, per_epoch), per_epoch * phase.epochs
+        if (not phase.plan and phase.positives == "plan") or first <= LATE * steps:
+            continue
+        told = (
+            f"phase.{number + 1}: {phase.epochs} epochs of {videos} videos are {steps} batches, and the "
+            f"{keys_to_mine(config, number, videos)} keys that its bank must hold to be mined in come after {first}"
+        )
+        if first >= steps and refuse:
+            raise InvalidInput(f"{told}: it would never mine; lower its mine_from or bank_size, or raise its epochs")
+        log.warning("%s", told + (": it never mines" if first >= steps else ""))
 
 
 def source(config: TrainConfig, number: int, view: str, wanted: str) -> str:
