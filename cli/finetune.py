@@ -71,6 +71,7 @@ def command(
         batch=batch,
         lr=lr,
         area=area,
+        crops={1: 1, 2: 2, 5: 5, 10: 10}[int(crops)],  # type: ignore[arg-type]
         seed=seed,
         train_split=train_split,
         test_split=test_split,
@@ -79,10 +80,9 @@ def command(
         tuned = finetune(opened, config, progress=lambda *_: advance())
     folder = target or opened.folder / f"finetuned-{config.view}"
     tuned.save(folder)
-    wanted = {1: 1, 2: 2, 5: 5, 10: 10}[int(crops)]
-    found = {"alone": judge([tuned], crops=wanted)}  # type: ignore[arg-type]
+    found = {"alone": judge([tuned])}
     if members:
-        found["averaged"] = judge([tuned, *members], crops=wanted)  # type: ignore[arg-type]
+        found["averaged"] = judge([tuned, *members])
     told = {
         "folder": str(folder),
         "curve": tuned.curve,

@@ -1,5 +1,7 @@
 """Fine-tuning on a run, its test, its export; and the protocols on the same run."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import runs
@@ -90,6 +92,14 @@ def test_two_streams_are_averaged(run, tuned):
     assert len(joint.settings["members"]) == 2
 
 
+def test_a_test_takes_the_crops_that_its_config_asks_for(tuned):
+    wanted = replace(tuned, config=replace(tuned.config, crops=10))
+    assert judge([wanted]).to_json() == judge([tuned], crops=10).to_json()
+    assert judge([wanted]).settings["crops"] == 10
+    assert judge([wanted], crops=2).settings["crops"] == 2
+    assert judge([tuned, wanted]).settings["crops"] == 1
+
+
 def test_the_exported_two_stream_model_labels_the_files_as_the_live_one_does(run, tuned, tmp_path):
     """From files through decoding, views and the graph, against the cache and the live modules."""
     other = finetune(run, FinetuneConfig(view="residual", layers="head", epochs=1, batch=8))
@@ -137,5 +147,7 @@ def test_what_does_not_fit_together_is_refused(run, tuned, tmp_path):
         finetune(run, FinetuneConfig(view="rgb", area=0.0, epochs=1))
     with pytest.raises(InvalidInput, match="epochs and batch of at least 1"):
         FinetuneConfig(view="rgb", epochs=0)
+    with pytest.raises(InvalidInput, match="crops: expected one of 1, 2, 5, 10, got 3"):
+        FinetuneConfig(view="rgb", crops=3)
     with pytest.raises(InvalidInput, match="expected a run's folder"):
         assemble([tmp_path])

@@ -31,7 +31,7 @@ class FinetuneConfig:
         weight_decay: of AdamW.
         area: smallest share of the picture that a training crop shows; labels ask for more of it than contrast does.
         validation: share of each class's training videos that chooses the epoch.
-        crops: of the test; see `Classifier`.
+        crops: of each clip in the test; see `Classifier`.
         seed: of every draw.
         train_split: the split learnt from.
         test_split: the split tested once, at the end.
@@ -58,6 +58,8 @@ class FinetuneConfig:
         """Refuse what is out of range."""
         if self.layers not in get_args(Layers):
             raise InvalidInput(f"layers: expected one of {', '.join(get_args(Layers))}, got {self.layers!r}")
+        if self.crops not in get_args(Crops):
+            raise InvalidInput(f"crops: expected one of {', '.join(map(str, get_args(Crops)))}, got {self.crops}")
         if min(self.epochs, self.batch) < 1 or not self.rate > 0 or self.weight_decay < 0:
             raise InvalidInput(
                 "finetune: expected epochs and batch of at least 1, lr above 0 and weight_decay of at least 0, "

@@ -85,7 +85,7 @@ class LabelledWindows:
         return mean_per_video(np.concatenate(parts), self.table.video_id[rows], self.numbers(rows))
 
 
-def judge(members: Sequence[FineTuned], *, crops: Crops = 1, split: str | None = None) -> Scores:
+def judge(members: Sequence[FineTuned], *, crops: Crops | None = None, split: str | None = None) -> Scores:
     """Test accuracy of one fine-tuned classifier, or of the mean of several ones' probabilities (two-stream).
 
     All half-overlapping windows of a video (multi-clip), all crops of each (multi-crop), averaged; each member takes
@@ -93,14 +93,14 @@ def judge(members: Sequence[FineTuned], *, crops: Crops = 1, split: str | None =
 
     Args:
         members: classifiers of the same labels, on runs of the same videos.
-        crops: of each clip.
+        crops: of each clip; those of the first member's config by default.
         split: which is asked; the first member's test split by default.
 
     Raises:
         InvalidInput: other labels or other videos.
     """
     first = members[0]
-    name = split or first.config.test_split
+    crops, name = first.config.crops if crops is None else crops, split or first.config.test_split
     found: list[tuple[F64, I64, I64]] = []
     for member in members:
         if member.labels != first.labels:
