@@ -22,6 +22,8 @@ _KINDS = {"i": "int", "u": "int", "f": "float", "b": "bool", "U": "str", "O": "s
 def read_tables(source: Path, rows: int = 65_536) -> Iterator[dict[str, Any]]:
     """The arrays of a file or folder by name, some rows at a time: (b, D) features and (b,) columns.
 
+    Features that some clips do not have, such as nulls of Parquet, are masked arrays.
+
     A folder of .npy files has one array a file; a folder of .pt files is read in the order of their names, each a
     dictionary of tensors of as many rows, or of one clip's vectors and values.
 
@@ -74,18 +76,20 @@ def import_into(
         rename: an array's name to the view's or column's.
         progress: called with the clips just added.
 
-    A clip_id or video_id that is not there is counted on from the rows: every clip a video of its own.
+    Rows masked as a whole are clips without the view. A clip_id or video_id that is not there is counted on from the
+    rows: every clip a video of its own.
     """
     store.flush()
     before, added = store.rows, 0
     for table in tables:
         named = {(rename or {}).get(name, name): values for name, values in table.items()}
-        views = {name: values for name, values in named.items() if name in store.views}
+        views = {name: np.ma.getdata(values) for name, values in named.items() if name in store.views}
+        present = {name: ~named[name].mask.all(axis=1) for name in views if np.ma.isMaskedArray(named[name])}
         columns = {name: _column(values) for name, values in named.items() if name not in views}
         count = len(next(iter(named.values())))
         columns = {"clip_id": np.arange(before + added, before + added + count), **columns}
         columns.setdefault("video_id", columns["clip_id"])
-        added += store.append(views, **columns)
+        added += store.append(views, present=present, **columns)
         progress(count)
     return added
 
@@ -271,15 +275,23 @@ def _parquet(source: Path, rows: int) -> Iterator[dict[str, Any]]:
 
 
 def _matrix(column: Any, what: str) -> Any:
-    """A list column as (b, D); null lists are NaN rows."""
-    flat = column.flatten().to_numpy(zero_copy_only=False)
-    there = ~np.asarray(column.is_null())
-    if len(flat) % max(there.sum(), 1) or column.flatten().null_count:
+    """A list column as (b, D), masked where there are null lists."""
+    import pyarrow as pa
+
+    flat = column.flatten()
+    if pa.types.is_fixed_size_list(column.type):
+        widths = [column.type.list_size]
+    else:
+        widths = column.value_lengths().drop_null().unique().to_pylist() or [0]
+    if len(widths) > 1 or flat.null_count:
         raise InvalidInput(f"{what}: expected lists of one length without nulls in them")
-    width = len(flat) // max(int(there.sum()), 1)
-    matrix = np.full((len(column), width), np.nan, flat.dtype)
-    matrix[there] = flat.reshape(-1, width) if width else 0
-    return matrix
+    there = ~np.asarray(column.is_null())
+    rows = flat.to_numpy(zero_copy_only=False).reshape(there.sum(), widths[0])
+    if there.all():
+        return rows
+    matrix = np.zeros((len(column), widths[0]), rows.dtype)
+    matrix[there] = rows
+    return np.ma.MaskedArray(matrix, mask=np.repeat(~there[:, None], widths[0], axis=1))
 
 
 def _pt(source: Path) -> Iterator[dict[str, Any]]:
