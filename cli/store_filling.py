@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -15,6 +17,9 @@ from cascade_engine.errors import InvalidInput
 from .printing import as_json, say
 from .progress import counter
 from .store_places import in_phase, store_at
+
+if TYPE_CHECKING:
+    from cascade_engine.store import FeatureStore
 
 
 @click.command("create")
@@ -57,7 +62,8 @@ def create(
 def import_(
     path: Path, sources: tuple[Path, ...], phase: str | None, renames: tuple[str, ...], durability: Any, as_json: bool
 ) -> None:
-    """Append .npy, .npz, Parquet, HDF5 files or folders of .npy or .pt files. Makes the store where there is none.
+    """Append .npy, .npz, Parquet, HDF5 files or folders of .npy or .pt files. Makes the store where there is none;
+    one made for an import that adds no clip is removed again.
 
     Arrays go to the views and columns of their names; --map renames. Without clip_id, clips are counted.
 
@@ -69,14 +75,14 @@ def import_(
     from cascade_engine.store import FeatureStore, exchanging
 
     rename = dict(_pairs(renames, "--map"))
-    if not path.exists():
-        first = next(exchanging.read_tables(sources[0]), None)
-        if first is None:
-            raise InvalidInput(f"{sources[0]}: expected clips to make the store {path} from, found none")
-        views, columns = exchanging.schema_of(first, rename)
-        FeatureStore.create(path, views, columns=columns, phase=phase or "main").close()
     started = time.perf_counter()
-    with FeatureStore.open(path, mode="a", phase=phase, durability=durability) as store, counter("clips") as step:
+    if path.exists():
+        opened: AbstractContextManager[FeatureStore] = FeatureStore.open(
+            path, mode="a", phase=phase, durability=durability
+        )
+    else:
+        opened = _made_for(path, sources[0], rename, phase or "main", durability)
+    with opened as store, counter("clips") as step:
         tables = chain.from_iterable(exchanging.read_tables(source) for source in sources)
         added = exchanging.import_into(store, tables, rename=rename, progress=step)
     seconds = time.perf_counter() - started
@@ -88,6 +94,25 @@ def import_(
     if hint:
         text += f"\nevery value of {', '.join(hint)} is exact in float16: half the space would hold the same"
     say(about | {"float16_lossless": hint}, as_json, text)
+
+
+@contextmanager
+def _made_for(path: Path, source: Path, rename: dict[str, str], phase: str, durability: Any) -> Iterator[FeatureStore]:
+    """A new store with the views and columns that a file has; removed where no clip gets in."""
+    from cascade_engine.store import FeatureStore, exchanging
+
+    first = next(exchanging.read_tables(source), None)
+    if first is None:
+        raise InvalidInput(f"{source}: expected clips to make the store {path} from, found none")
+    views, columns = exchanging.schema_of(first, rename)
+    store = FeatureStore.create(path, views, columns=columns, phase=phase, durability=durability)
+    try:
+        with store:
+            yield store
+    except BaseException:
+        if not store.rows:
+            shutil.rmtree(path)
+        raise
 
 
 @click.command("merge")

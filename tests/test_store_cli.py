@@ -61,6 +61,22 @@ def test_an_import_makes_the_store_and_hints_at_float16(tmp_path):
     assert store.columns["score"] == "float"
 
 
+def test_a_first_import_that_adds_nothing_leaves_no_store(tmp_path):
+    values = np.arange(80, dtype=np.float32).reshape(10, 8)
+    np.savez(tmp_path / "x.npz", embedding=values, clip_id=np.arange(10))
+    np.savez(tmp_path / "twice.npz", rgb=values, clip_id=np.zeros(10, int))
+    with pytest.raises(InvalidInput, match="got clip 0 again"):
+        call("import", tmp_path / "s", tmp_path / "twice.npz", "--map", "rgb=wrong")
+    assert not (tmp_path / "s").exists()
+    call("import", tmp_path / "s", tmp_path / "x.npz", "--map", "embedding=rgb")
+    with pytest.raises(InvalidInput, match="got clip 0 again"):
+        call("import", tmp_path / "s", tmp_path / "twice.npz")
+    with pytest.raises(InvalidInput, match="got clip 0 again"):
+        call("import", tmp_path / "two", tmp_path / "x.npz", tmp_path / "x.npz")
+    for name, view in (("s", "rgb"), ("two", "embedding")):
+        assert np.array_equal(ce.FeatureStore.open(tmp_path / name).features(view), values), "what is in stays"
+
+
 def test_files_without_clip_ids_are_imported_one_after_the_other(tmp_path):
     values = np.arange(96, dtype=np.float32).reshape(12, 8)
     for number in range(3):
