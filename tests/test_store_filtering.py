@@ -85,6 +85,9 @@ def test_a_condition_means_what_python_means_by_it(condition):
         ("video_id / 0 > 1", "position 1: division by zero"),
         ("clip_id * clip_id > 1", "position 1: the result does not fit in 64 bits"),
         ("video_id == 99999999999999999999", "position 13: expected an integer of 64 bits"),
+        ("video_id == -9223372036854775809", "position 13: expected an integer of 64 bits"),
+        ("video_id == 9223372036854775808", "position 13: expected an integer of 64 bits"),
+        ("video_id == -True", "position 14: expected a number, got a condition"),
         ("good and", "position 9: "),
         ("good)", "position 5: "),
         ("", "position 1: "),
@@ -108,6 +111,28 @@ def test_what_is_not_of_the_language_is_refused_where_it_stands(condition, messa
     with pytest.raises(InvalidInput) as refused:
         mask(condition)
     assert message in str(refused.value)
+
+
+LOWEST, HIGHEST = -(2**63), 2**63 - 1
+EDGES = [LOWEST, LOWEST + 1, -(2**62), -3, -1, 0, 1, 2, 2**31, 2**62, HIGHEST - 1, HIGHEST]
+
+
+@pytest.mark.parametrize("sign", ["+", "-", "*", "//", "%"])
+@pytest.mark.parametrize("other", EDGES)
+def test_integers_are_exact_to_the_last_of_64_bits(sign, other):
+    for one in EDGES:
+        if sign in ("//", "%") and other == 0:
+            continue
+        value, columns = eval(f"({one}) {sign} ({other})"), {"n": np.array([one])}
+        fits = LOWEST <= value <= HIGHEST
+        condition = f"n {sign} {other} == {value if fits else 0}"
+        if fits:
+            assert filtering.mask(condition, 1, columns.__getitem__, lambda _: FLOW, ("n",)).all(), (one, condition)
+        else:
+            with pytest.raises(InvalidInput, match="position 1: the result does not fit in 64 bits"):
+                filtering.mask(condition, 1, columns.__getitem__, lambda _: FLOW, ("n",))
+    with pytest.raises(InvalidInput, match="position 1: the result does not fit"):
+        filtering.mask("-n == 1", 1, {"n": np.array([LOWEST])}.__getitem__, lambda _: FLOW, ("n",))
 
 
 @settings(max_examples=300)

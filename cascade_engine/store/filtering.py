@@ -25,6 +25,7 @@ Kind: TypeAlias = Literal["condition", "number", "text"]
 Mask = npt.NDArray[np.bool_]
 BLOCK = 1 << 20  # rows at a time: what a filter needs on the way stays within some 10 MB
 LONGEST = 10_000
+_LOWEST, _HIGHEST = -(2**63), 2**63 - 1
 _COMPARE: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
     ast.Eq: operator.eq,
     ast.NotEq: operator.ne,
@@ -121,9 +122,9 @@ class _Walk:
             case ast.Constant(value=bool() as truth):
                 return _Value("condition", np.bool_(truth))
             case ast.Constant(value=int() as number):
-                if not -(2**63) <= number < 2**63:
-                    raise self._error(node, "expected an integer of 64 bits")
-                return _Value("number", np.int64(number))
+                return self._integer(node, number)
+            case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() as number)) if type(number) is int:
+                return self._integer(node, -number)
             case ast.Constant(value=float() as number):
                 return _Value("number", np.float64(number))
             case ast.Constant(value=str() as text):
@@ -151,6 +152,11 @@ class _Walk:
                     node, "expected a column, a number, a text, a comparison, and, or, not, in or has('view')"
                 )
 
+    def _integer(self, node: ast.expr, number: int) -> _Value:
+        if not _LOWEST <= number <= _HIGHEST:
+            raise self._error(node, "expected an integer of 64 bits")
+        return _Value("number", np.int64(number))
+
     def _column(self, node: ast.expr, name: str) -> _Value:
         if name not in self._columns:
             raise self._error(node, f"no column is called {name!r}")
@@ -172,10 +178,8 @@ class _Walk:
             raise self._error(node, "division by zero")
         with np.errstate(all="ignore"):
             result = _ARITHMETIC[type(op)](a, b)
-            if whole and isinstance(op, ast.Add | ast.Sub | ast.Mult):
-                rough = _ARITHMETIC[type(op)](a.astype(np.float64), b.astype(np.float64))
-                if np.any(np.abs(rough) >= 2.0**63):
-                    raise self._error(node, "the result does not fit in 64 bits")
+            if whole and not isinstance(op, ast.Div | ast.Mod) and not _fits(_ARITHMETIC[type(op)], a, b):
+                raise self._error(node, "the result does not fit in 64 bits")
         return _Value("number", result)
 
     def _compare(self, node: ast.Compare) -> _Value:
@@ -213,6 +217,15 @@ class _Walk:
         before = self._text[start:].encode()[: getattr(node, "col_offset", 0)].decode()
         position = start + len(before) + 1
         return InvalidInput(f"where: position {position}: {reason}, in {self._text!r}")
+
+
+def _fits(combine: Callable[[Any, Any], Any], a: Any, b: Any) -> bool:
+    """Whether integers combine to integers of 64 bits: roughly in float64, and exactly where that is in doubt."""
+    doubtful = np.abs(combine(a.astype(np.float64), b.astype(np.float64))) >= 2.0**62
+    if not doubtful.any():
+        return True
+    left, right = (np.broadcast_to(each, doubtful.shape)[doubtful].tolist() for each in (a, b))
+    return all(_LOWEST <= combine(one, other) <= _HIGHEST for one, other in zip(left, right, strict=True))
 
 
 def _compare(compare: Callable[[Any, Any], Any], left: _Value, right: _Value) -> Any:
