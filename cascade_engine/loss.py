@@ -14,7 +14,7 @@ from cascade_engine.errors import InvalidInput
 from cascade_engine.mining import Positives, mine
 from cascade_engine.nce import SIBLINGS, nce, nce_now
 from cascade_engine.plan import CascadePlan
-from cascade_engine.tensor import device_of, dtype_name, is_torch, like
+from cascade_engine.tensor import device_of, dtype_name, is_torch, like, to_host
 from cascade_engine.tracing import phase
 
 Reduction = Literal["logsumexp", "mean_log"]
@@ -143,6 +143,8 @@ def _keys(query: Tensor, key: Tensor, bank: Bank, view: str | None) -> Tensor:
         raise InvalidInput(f"view: expected one of {', '.join(bank.views)}, got {repr(view) if view else 'none'}")
     width = bank.keys[view].shape[1]
     for name, value in (("query", query), ("key", key)):
+        if not isinstance(value, Tensor):
+            raise InvalidInput(f"{name}: expected a torch tensor (B, {width}), got {type(value).__name__}")
         if value.ndim != 2 or value.shape[1] != width or not value.is_floating_point():
             raise InvalidInput(f"{name}: expected (B, {width}) of a floating type, got {_described(value)}")
         if value.shape != query.shape or device_of(value) != bank.device:
@@ -162,10 +164,12 @@ def _on(value: Any, query: Tensor, name: str, dtype: torch.dtype) -> Tensor:
     """`value` as a tensor on the query's device."""
     if is_torch(value) and value.dtype == dtype and value.device == query.device:
         return value
-    found: Tensor = torch.as_tensor(value, device=query.device)
-    if found.is_floating_point() or found.is_complex():
-        raise InvalidInput(f"{name}: expected integers, got {dtype_name(found)}")
-    return found.to(dtype)
+    if not is_torch(value):
+        array = to_host(value, name)
+        value = like(array, query) if array.dtype.kind in "biu" else array
+    if not is_torch(value) or value.is_floating_point() or value.is_complex():
+        raise InvalidInput(f"{name}: expected integers, got {dtype_name(value)}")
+    return value.to(query.device, dtype)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]

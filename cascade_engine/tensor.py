@@ -75,13 +75,26 @@ def like(result: Host, template: object) -> Any:
     """`result` in the framework and on the device of `template`."""
     if not is_torch(template):
         return result
+    tensor = shared(result)
+    return tensor if template.device.type == "cpu" else tensor.to(template.device)
+
+
+def shared(array: Host) -> torch.Tensor:
+    """A tensor on the CPU of an array's memory. Where that cannot be written to, as a mapped store's, neither may it."""
     import torch
 
-    if result.dtype == BFLOAT16:
-        tensor = torch.from_numpy(result.view(np.int16)).view(torch.bfloat16)
-    else:
-        tensor = torch.from_numpy(result)
-    return tensor if template.device.type == "cpu" else tensor.to(template.device)
+    if array.dtype == BFLOAT16:
+        return shared(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array if array.flags.writeable else np.asarray(_Unlocked(array)))
+
+
+class _Unlocked:
+    """An array that cannot be written to, as one that can: tensors know no such thing, and torch warns of it."""
+
+    def __init__(self, array: Host) -> None:
+        self.array = array  # whose memory it is
+        address = array.__array_interface__["data"][0]
+        self.__array_interface__ = {**array.__array_interface__, "data": (address, False)}
 
 
 def feature_matrix(value: object, name: str, *, columns: int | None = None) -> Host:

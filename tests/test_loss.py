@@ -1,6 +1,7 @@
 """The loss against its definition: a dense float64 computation that shares nothing with the package."""
 
 import itertools
+import warnings
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 import cascade_engine as ce
 from cascade_engine import nce as operator
 from cascade_engine.errors import InvalidInput, StaleBank
+from cascade_engine.tensor import FEATURE_DTYPES
 
 try:
     from cascade_engine import _cpu
@@ -269,6 +271,27 @@ def test_numpy_banks_ids_and_positives_work(bank_of):
     torch.testing.assert_close(got, dense(query, key, keys, index, own_video=(own, other)))
 
 
+@pytest.mark.parametrize("kind", ["float32", "float16", "bfloat16"])
+def test_a_store_s_arrays_that_cannot_be_written_to_need_no_warning(kind):
+    query, key, keys, index, own, other = problem(4, 30, 6, 2)
+    stored = keys.numpy().astype(FEATURE_DTYPES[kind])
+    ids, mined = other.numpy().astype(np.int32), index.numpy().copy()
+    for array in (stored, ids, mined):
+        array.flags.writeable = False
+    bank = ce.Bank({"rgb": stored}, video_id=ids)
+    torch.set_warn_always(True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            got = ce.multi_positive_nce(
+                query, key, bank, ce.Positives(index=mined, similarity=None), query_video_id=own.numpy()
+            )
+    finally:
+        torch.set_warn_always(False)
+    want = dense(query, key, torch.from_numpy(stored.astype(np.float32)), index, own_video=(own, other))
+    torch.testing.assert_close(got, want)
+
+
 def arguments(dtype=torch.float64, b=4, k=11, siblings=1):
     g = torch.Generator().manual_seed(5)
     query, own = ((unit(g, b, 3) / 0.2).to(dtype).requires_grad_() for _ in range(2))
@@ -429,6 +452,8 @@ BAD = {
     "query rank": ({"query": torch.ones(4)}, r"query: expected \(B, 4\)"),
     "query width": ({"query": torch.ones(3, 5)}, r"query: expected \(B, 4\).*got \(3, 5\)"),
     "query type": ({"query": torch.ones(3, 4, dtype=torch.int64)}, "query: expected .*floating"),
+    "query not of torch": ({"query": np.ones((3, 4))}, r"query: expected a torch tensor \(B, 4\), got ndarray"),
+    "key not of torch": ({"key": [[1.0] * 4] * 3}, r"key: expected a torch tensor \(B, 4\), got list"),
     "key shape": ({"key": torch.ones(2, 4)}, r"key: expected \(3, 4\)"),
     "positives rows": ({"index": torch.zeros(2, 2, dtype=torch.int64)}, r"positives.index: expected \(3, k\)"),
     "positives slot": ({"index": torch.full((3, 2), 9)}, "positives.index: expected slots under 9, got 9"),
@@ -447,6 +472,7 @@ BAD = {
     "self probability": ({"self_positive": 1.5}, "self_positive: expected"),
     "ids": ({"query_video_id": torch.zeros(2, dtype=torch.int64)}, r"query_video_id: expected \(3,\)"),
     "ids type": ({"query_video_id": torch.zeros(3)}, "query_video_id: expected integers"),
+    "ids of names": ({"query_video_id": ["a", "b", "c"]}, "query_video_id: expected integers, got <U1"),
 }
 
 

@@ -1,5 +1,8 @@
 """The border between NumPy and torch: the same kind out as came in, without copies, bfloat16 included."""
 
+import warnings
+import weakref
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -21,6 +24,27 @@ def test_torch_to_host_and_back_shares_memory_and_bits(kind):
     assert back.data_ptr() == given.data_ptr()
     assert back.dtype == given.dtype
     assert torch.equal(back, given)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("cut", [np.s_[:], np.s_[::2, 1:], np.s_[:0]], ids=["whole", "strided", "empty"])
+def test_what_cannot_be_written_to_is_shared_without_a_warning(kind, cut):
+    host = np.arange(12, dtype=np.float32).reshape(4, 3).astype(tensor.FEATURE_DTYPES[kind])
+    address, values = host.ctypes.data, host.astype(np.float32)
+    host.flags.writeable = False
+    torch.set_warn_always(True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            found = tensor.shared(host[cut])
+    finally:
+        torch.set_warn_always(False)
+    assert found.dtype == KINDS[kind]
+    assert 0 <= found.data_ptr() - address < host.nbytes or not found.numel()
+    holder = weakref.ref(host)
+    del host
+    assert holder() is not None, "the tensor must hold the memory"
+    assert torch.equal(found.float(), torch.from_numpy(values[cut]))
 
 
 def test_a_transposed_bfloat16_tensor_keeps_its_values():

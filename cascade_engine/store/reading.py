@@ -20,7 +20,7 @@ from cascade_engine.store.mapping import gather as gather_rows
 from cascade_engine.store.mapping import prefetch as prefetch_rows
 from cascade_engine.store.phase import Commit, Phase
 from cascade_engine.store.shelving import shelf_of
-from cascade_engine.tensor import id_vector, to_host
+from cascade_engine.tensor import id_vector, shared, to_host
 
 Values = np.ndarray[Any, Any]
 Rows = npt.NDArray[np.int64]
@@ -237,8 +237,8 @@ class StoreReader(ABC):
         whole = rows is None and device in (None, "cpu")
         prepared = Prepared(shelf_of(held, at, names, metric, keep) if whole else None)
         if device is not None:
-            keys = {name: _tensor(values, device) for name, values in keys.items()}
-            ids = {name: _tensor(values, device) for name, values in ids.items()}
+            keys = {name: shared(values).to(device) for name, values in keys.items()}
+            ids = {name: shared(values).to(device) for name, values in ids.items()}
         return Bank(
             keys,
             ids["video_id"],
@@ -257,16 +257,3 @@ class StoreReader(ABC):
             progress: called with the bytes just checked.
         """
         return verify(self.path, None if phase is None else (phase,), progress)
-
-
-def _tensor(values: Values, device: str) -> Any:
-    """A torch tensor of mapped values; on the CPU it shares their memory, which cannot be written to."""
-    import warnings
-
-    import torch
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # torch warns that the memory is read-only; so is a bank
-        if values.dtype.name == "bfloat16":
-            return torch.from_numpy(values.view(np.int16)).view(torch.bfloat16).to(device)
-        return torch.from_numpy(values).to(device)
