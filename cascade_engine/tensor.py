@@ -80,7 +80,7 @@ def like(result: Host, template: object) -> Any:
 
 
 def shared(array: Host) -> torch.Tensor:
-    """A tensor on the CPU of an array's memory. Where that cannot be written to, as a mapped store's, neither may it."""
+    """A tensor on the CPU of an array's memory; where that is read-only, as a mapped store's, only to be read."""
     import torch
 
     if array.dtype == BFLOAT16:
