@@ -73,6 +73,7 @@ def import_(
       cascade store import features.zarr a.parquet b.parquet --map embedding=rgb
     """
     from cascade_engine.store import FeatureStore, exchanging
+    from cascade_engine.store.tables import read_tables
 
     rename = dict(_pairs(renames, "--map"))
     started = time.perf_counter()
@@ -83,7 +84,7 @@ def import_(
     else:
         opened = _made_for(path, sources[0], rename, phase or "main", durability)
     with opened as store, counter("clips") as step:
-        tables = chain.from_iterable(exchanging.read_tables(source) for source in sources)
+        tables = chain.from_iterable(read_tables(source) for source in sources)
         added = exchanging.import_into(store, tables, rename=rename, progress=step)
     seconds = time.perf_counter() - started
     about = {"added": added, "rows": store.rows, "seconds": seconds, "rows_per_second": added / seconds}
@@ -100,8 +101,9 @@ def import_(
 def _made_for(path: Path, source: Path, rename: dict[str, str], phase: str, durability: Any) -> Iterator[FeatureStore]:
     """A new store with the views and columns that a file has; removed where no clip gets in."""
     from cascade_engine.store import FeatureStore, exchanging
+    from cascade_engine.store.tables import read_tables
 
-    first = next(exchanging.read_tables(source), None)
+    first = next(read_tables(source), None)
     if first is None:
         raise InvalidInput(f"{source}: expected clips to make the store {path} from, found none")
     views, columns = exchanging.schema_of(first, rename)

@@ -19,6 +19,7 @@ from store_rows import COLUMNS, VIEWS, batch, features, wrong_rows
 import cascade_engine as ce
 from cascade_engine.errors import Corrupt, InvalidInput, NotFound, StoreError, StoreLocked
 from cascade_engine.store import exchanging, publishing, staging
+from cascade_engine.store.tables import read_tables
 
 PAGE = 4096
 
@@ -333,11 +334,11 @@ def write_as(kind, folder):
 @pytest.mark.parametrize("kind", ["npz", "npy", "parquet", "h5", "pt"])
 def test_every_format_is_imported_to_the_same_store(tmp_path, kind):
     source = write_as(kind, tmp_path)
-    views, columns = exchanging.schema_of(next(exchanging.read_tables(source)), {})
+    views, columns = exchanging.schema_of(next(read_tables(source)), {})
     assert views == VIEWS
     assert columns == COLUMNS
     with ce.FeatureStore.create(tmp_path / "s", views, columns=columns) as store:
-        assert exchanging.import_into(store, exchanging.read_tables(source, rows=35)) == 90
+        assert exchanging.import_into(store, read_tables(source, rows=35)) == 90
         same(everything(store), tables())
 
 
@@ -357,20 +358,20 @@ def test_clips_in_files_of_their_own_are_imported_in_the_order_of_names(tmp_path
     for number in range(5):
         torch.save({"x": torch.full((6,), float(number)), "label": f"l{number}"}, tmp_path / f"{number}.pt")
     with ce.FeatureStore.create(tmp_path / "s", {"rgb": 6}, columns={"label": "str"}) as store:
-        assert exchanging.import_into(store, exchanging.read_tables(tmp_path), rename={"x": "rgb"}) == 5
+        assert exchanging.import_into(store, read_tables(tmp_path), rename={"x": "rgb"}) == 5
         assert store.features("rgb")[:, 0].tolist() == [0, 1, 2, 3, 4]
         assert store.column("label").tolist() == ["l0", "l1", "l2", "l3", "l4"]
 
 
 def test_what_cannot_be_imported_says_why(tmp_path):
     with pytest.raises(NotFound, match="found nothing"):
-        next(exchanging.read_tables(tmp_path / "none"))
+        next(read_tables(tmp_path / "none"))
     (tmp_path / "x.txt").write_text("x")
     with pytest.raises(InvalidInput, match=r"expected \.npy"):
-        next(exchanging.read_tables(tmp_path / "x.txt"))
+        next(read_tables(tmp_path / "x.txt"))
     np.savez(tmp_path / "x.npz", a=np.zeros(3), b=np.zeros(4))
     with pytest.raises(InvalidInput, match="arrays of one length"):
-        next(exchanging.read_tables(tmp_path / "x.npz"))
+        next(read_tables(tmp_path / "x.npz"))
 
 
 @pytest.mark.parametrize("fixed", [True, False])
@@ -380,9 +381,9 @@ def test_clips_without_a_view_come_back_from_parquet_without_it(tmp_path, fixed)
     lists = [None if gone else row for gone, row in zip(absent, rgb, strict=True)]
     column = pa.array(lists, pa.list_(pa.float32(), 4 if fixed else -1))
     pq.write_table(pa.table({"rgb": column, "flow": pa.array(list(rgb))}), tmp_path / "x.parquet")
-    assert exchanging.schema_of(next(exchanging.read_tables(tmp_path / "x.parquet")), {})[0] == {"rgb": 4, "flow": 4}
+    assert exchanging.schema_of(next(read_tables(tmp_path / "x.parquet")), {})[0] == {"rgb": 4, "flow": 4}
     with ce.FeatureStore.create(tmp_path / "s", {"rgb": 4, "flow": 4}) as store:
-        tables = exchanging.read_tables(tmp_path / "x.parquet", rows=2)  # the last two have no rgb at all
+        tables = read_tables(tmp_path / "x.parquet", rows=2)  # the last two have no rgb at all
         assert exchanging.import_into(store, tables) == 6
         assert store.present("rgb").tolist() == (~absent).tolist()
         assert np.array_equal(store.features("rgb")[~absent], rgb[~absent])
@@ -393,13 +394,13 @@ def test_clips_without_a_view_come_back_from_parquet_without_it(tmp_path, fixed)
 def test_lists_of_different_lengths_or_with_nulls_are_refused(tmp_path, lists):
     pq.write_table(pa.table({"rgb": pa.array(lists)}), tmp_path / "x.parquet")
     with pytest.raises(InvalidInput, match="column 'rgb': expected lists of one length without nulls in them"):
-        next(exchanging.read_tables(tmp_path / "x.parquet"))
+        next(read_tables(tmp_path / "x.parquet"))
 
 
 def test_nan_is_no_missing_view(tmp_path):
     rgb = np.full((3, 4), np.nan, np.float32)
     pq.write_table(pa.table({"rgb": pa.array(list(rgb))}), tmp_path / "x.parquet")
-    source = exchanging.read_tables(tmp_path / "x.parquet")
+    source = read_tables(tmp_path / "x.parquet")
     with ce.FeatureStore.create(tmp_path / "s", {"rgb": 4}) as store, pytest.raises(InvalidInput, match="got nan in"):
         exchanging.import_into(store, source)
 
@@ -411,7 +412,7 @@ def test_exports_hold_the_rows(path, tmp_path):
     assert table["label"].to_pylist() == store.column("label").tolist()
     assert [row is not None for row in table["flow"].to_pylist()] == store.present("flow").tolist()
     with store.like(tmp_path / "back") as back:
-        assert exchanging.import_into(back, exchanging.read_tables(tmp_path / "x.parquet")) == 220
+        assert exchanging.import_into(back, read_tables(tmp_path / "x.parquet")) == 220
         same(everything(back), everything(store))
         assert np.array_equal(back.present("flow"), store.present("flow"))
     for codec in ("zstd", "gzip", "blosc", "none"):

@@ -1,64 +1,21 @@
-"""Import from and export to the formats people have: .npy, .npz, Parquet, HDF5, folders of .pt files, other Zarr."""
+"""Import of tables, from whatever `tables.read_tables` reads, and export to Parquet and compressed plain Zarr."""
 
 from __future__ import annotations
 
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cascade_engine.errors import CascadeError, InvalidInput, NotFound, StoreError
+from cascade_engine.errors import InvalidInput, StoreError
 from cascade_engine.store.columns import Categorical
 from cascade_engine.store.feature_store import FeatureStore
 
-Table = Mapping[str, Any]
 _KINDS = {"i": "int", "u": "int", "f": "float", "b": "bool", "U": "str", "O": "str", "T": "str"}
-
-
-def read_tables(source: Path, rows: int = 65_536) -> Iterator[dict[str, Any]]:
-    """The arrays of a file or folder by name, some rows at a time: (b, D) features and (b,) columns.
-
-    Features that some clips do not have, such as nulls of Parquet, are masked arrays.
-
-    A folder of .npy files has one array a file; a folder of .pt files is read in the order of their names, each a
-    dictionary of tensors of as many rows, or of one clip's vectors and values.
-
-    Raises:
-        InvalidInput: not one of the formats, a damaged file, or arrays of different lengths.
-        NotFound: there is nothing.
-        ImportError: what reads the format is not installed.
-    """
-    if not source.exists():
-        raise NotFound(f"{source}: expected a file or folder to import, found nothing")
-    try:
-        yield from _tables(source, rows)
-    except (CascadeError, ImportError, MemoryError):
-        raise
-    except Exception as error:  # each format's reader has errors of its own for a damaged file
-        raise InvalidInput(f"{source}: cannot be read: {error}") from error
-
-
-def _tables(source: Path, rows: int) -> Iterator[dict[str, Any]]:
-    suffixes = {each.suffix for each in source.iterdir()} if source.is_dir() else {source.suffix}
-    if source.is_dir() and ".pt" in suffixes:
-        yield from _pt(source)
-    elif suffixes & {".npy", ".npz"}:
-        yield from _slices(_numpy(source), rows, source)
-    elif suffixes & {".parquet"}:
-        yield from _parquet(source, rows)
-    elif suffixes & {".h5", ".hdf5"}:
-        import h5py
-
-        with h5py.File(source, "r") as file:
-            found: dict[str, Any] = {}
-            file.visititems(lambda name, each: found.update({name: each}) if isinstance(each, h5py.Dataset) else None)
-            yield from _slices(found, rows, source)
-    else:
-        raise InvalidInput(f"{source}: expected .npy, .npz, .parquet, .h5 or a folder of .npy or .pt files")
 
 
 def import_into(
@@ -72,7 +29,7 @@ def import_into(
 
     Args:
         store: opened with ``mode="a"``.
-        tables: see `read_tables`.
+        tables: see `tables.read_tables`.
         rename: an array's name to the view's or column's.
         progress: called with the clips just added.
 
@@ -237,80 +194,6 @@ def _aside(target: Path) -> Iterator[Path]:
         temporary.replace(target)
     finally:
         shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink(missing_ok=True)
-
-
-def _numpy(source: Path) -> dict[str, Any]:
-    if source.is_dir():
-        return {each.stem: np.load(each, mmap_mode="r", allow_pickle=False) for each in sorted(source.glob("*.npy"))}
-    if source.suffix == ".npy":
-        return {source.stem: np.load(source, mmap_mode="r", allow_pickle=False)}
-    with np.load(source, allow_pickle=False) as file:
-        return dict(file)
-
-
-def _slices(found: Mapping[str, Any], rows: int, source: Path) -> Iterator[dict[str, Any]]:
-    lengths = {name: len(values) for name, values in found.items()}
-    if len(set(lengths.values())) != 1:
-        raise InvalidInput(f"{source}: expected arrays of one length, got {lengths or 'none'}")
-    for start in range(0, next(iter(lengths.values())), rows):
-        yield {name: values[start : start + rows] for name, values in found.items()}
-
-
-def _parquet(source: Path, rows: int) -> Iterator[dict[str, Any]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    with ExitStack() as stack:
-        files = sorted(source.glob("*.parquet")) if source.is_dir() else [source]
-        for path in files:
-            file = stack.enter_context(pq.ParquetFile(path))
-            for batch in file.iter_batches(batch_size=rows):
-                table: dict[str, Any] = {}
-                for name, column in zip(batch.schema.names, batch.columns, strict=True):
-                    if pa.types.is_list(column.type) or pa.types.is_fixed_size_list(column.type):
-                        table[name] = _matrix(column, f"{path}, column {name!r}")
-                    else:
-                        table[name] = np.asarray(column.to_numpy(zero_copy_only=False))
-                yield table
-
-
-def _matrix(column: Any, what: str) -> Any:
-    """A list column as (b, D), masked where there are null lists."""
-    import pyarrow as pa
-
-    flat = column.flatten()
-    if pa.types.is_fixed_size_list(column.type):
-        widths = [column.type.list_size]
-    else:
-        widths = column.value_lengths().drop_null().unique().to_pylist() or [0]
-    if len(widths) > 1 or flat.null_count:
-        raise InvalidInput(f"{what}: expected lists of one length without nulls in them")
-    there = ~np.asarray(column.is_null())
-    rows = flat.to_numpy(zero_copy_only=False).reshape(there.sum(), widths[0])
-    if there.all():
-        return rows
-    matrix = np.zeros((len(column), widths[0]), rows.dtype)
-    matrix[there] = rows
-    return np.ma.MaskedArray(matrix, mask=np.repeat(~there[:, None], widths[0], axis=1))
-
-
-def _pt(source: Path) -> Iterator[dict[str, Any]]:
-    import torch
-
-    for path in sorted(source.glob("*.pt")):
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise InvalidInput(f"{path}: cannot be read: {error}") from None
-        if not isinstance(content, dict):
-            raise InvalidInput(
-                f"{path}: expected a dictionary of tensors by view and column, got {type(content).__name__}"
-            )
-        table = {name: each.numpy() if isinstance(each, torch.Tensor) else each for name, each in content.items()}
-        single = all(not isinstance(each, np.ndarray) or each.ndim <= 1 for each in table.values()) and not any(
-            isinstance(each, list | tuple) for each in table.values()
-        )
-        yield {name: np.asarray(each)[None] for name, each in table.items()} if single else table
 
 
 def _column(values: Any) -> Any:
