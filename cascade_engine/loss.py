@@ -20,7 +20,7 @@ from cascade_engine.tracing import phase
 Reduction = Literal["logsumexp", "mean_log"]
 REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
 Siblings = Literal["positive", "ignore", "negative"]
-SelfPositive = Literal["always", "never"] | float
+SelfPositive = Literal["always", "never"] | float | Tensor
 
 
 def multi_positive_nce(
@@ -52,7 +52,7 @@ def multi_positive_nce(
         temperature: divides every score.
         reduction: ``"logsumexp"``: LSE_all - LSE_P (MI-InfoNCE); ``"mean_log"``: LSE_all - mean_P (SupCon-out).
         self_positive: ``"always"``, ``"never"``, or the probability with which the own key leaves P (never the
-            denominator) where P has another member.
+            denominator) where P has another member; or (B,) bool, drawn before: whose own key does.
         siblings: keys of the query's own video: ``"positive"``, ``"ignore"`` (in neither sum) or ``"negative"``
             (in the denominator only); a mined sibling is a sibling first.
         query_video_id: (B,), needed to know siblings; without it there are none.
@@ -81,7 +81,8 @@ def multi_positive_nce(
         drop = _dropped(self_positive, query, generator)
         wide = torch.promote_types(query.dtype, torch.float32)
         scored, own = (each if each.dtype == wide else each.to(wide) for each in (query, key))
-        kind, may_stay, mean_log = SIBLINGS.index(siblings), self_positive != "never", reduction == "mean_log"
+        may_stay = isinstance(self_positive, Tensor) or self_positive != "never"
+        kind, mean_log = SIBLINGS.index(siblings), reduction == "mean_log"
         wanted = (torch.is_grad_enabled() and each.requires_grad for each in (scored, own))
         arguments = (scored, own, *known, kind, drop, temperature, may_stay, mean_log, *wanted)
         if not compiling:
@@ -93,6 +94,10 @@ def multi_positive_nce(
 
 def _dropped(self_positive: SelfPositive, query: Tensor, generator: torch.Generator | None) -> Tensor:
     """(B,) bool: whose own key is to leave P, should P have another member; (0,) where nobody's is."""
+    if isinstance(self_positive, Tensor):
+        if self_positive.shape != (len(query),) or self_positive.dtype != torch.bool:
+            raise InvalidInput(f"self_positive: expected ({len(query)},) bool, got {_described(self_positive)}")
+        return self_positive.to(query.device)
     if self_positive in ("always", "never"):
         return torch.empty(0, dtype=torch.bool, device=query.device)
     if isinstance(self_positive, str) or not 0 <= self_positive <= 1:

@@ -246,6 +246,8 @@ def test_the_generator_decides_who_is_dropped():
         return ce.multi_positive_nce(query, key, bank, found(index), self_positive=p, generator=drawn)
 
     assert loss(0.5, 1) == loss(0.5, 1) != loss(0.5, 2)
+    drop = torch.rand(64, generator=torch.Generator().manual_seed(1)) < 0.5
+    assert loss(drop, 2) == loss(0.5, 1), "drawn before"
     assert loss(0.0, 1) == ce.multi_positive_nce(query, key, bank, found(index))
     lone = found(torch.full((64, 1), -1))
     assert ce.multi_positive_nce(query, key, bank, lone, self_positive=1.0) == ce.multi_positive_nce(
@@ -470,6 +472,7 @@ BAD = {
     "siblings": ({"siblings": "maybe"}, "siblings: expected one of"),
     "self": ({"self_positive": "sometimes"}, "self_positive: expected"),
     "self probability": ({"self_positive": 1.5}, "self_positive: expected"),
+    "self drawn": ({"self_positive": torch.ones(2, dtype=torch.bool)}, r"self_positive: expected \(3,\) bool"),
     "ids": ({"query_video_id": torch.zeros(2, dtype=torch.int64)}, r"query_video_id: expected \(3,\)"),
     "ids type": ({"query_video_id": torch.zeros(3)}, "query_video_id: expected integers"),
     "ids of names": ({"query_video_id": ["a", "b", "c"]}, "query_video_id: expected integers, got <U1"),

@@ -382,9 +382,11 @@ def test_batches_do_not_depend_on_workers_or_on_where_one_starts(tmp_path):
         assert sorted(seen.tolist()) == list(range(20)), "every training video once, no test video"
 
 
-def test_the_shares_of_two_processes_are_the_joint_batch(tmp_path):
-    joint = batches(tmp_path)
-    halves = [batches(tmp_path, World(size=2, rank=rank)) for rank in (0, 1)]
+@pytest.mark.parametrize("negatives", [(), ("repeat", "shuffle"), ("shuffle", "repeat")])
+def test_the_shares_of_two_processes_are_the_joint_batch(tmp_path, negatives):
+    loss = LossConfig(negatives=negatives)
+    joint = batches(tmp_path, loss=loss)
+    halves = [batches(tmp_path, World(size=2, rank=rank), loss=loss) for rank in (0, 1)]
     for item in (0, 2):
         whole, parts = joint[item], [half[item] for half in halves]
         assert all(torch.equal(part.rows, whole.rows) for part in parts)
@@ -475,14 +477,23 @@ def together(tmp_path, config, *, die=0, count=24):
     return [(process.communicate(timeout=120)[1], process.returncode)[::-1] for process in started]
 
 
-@pytest.mark.parametrize("loss", [LossConfig(), LossConfig(in_batch=True, siblings="ignore")])
-def test_two_processes_train_as_one(tmp_path, loss):
+@pytest.mark.parametrize(
+    ("loss", "size"),
+    [
+        (LossConfig(), 16),
+        (LossConfig(in_batch=True, siblings="ignore"), 16),
+        (LossConfig(self_positive="never", siblings="ignore"), 3),  # so few keys that some queries have no positive
+        (LossConfig(self_positive=0.5, negatives=("repeat", "shuffle")), 16),
+    ],
+)
+def test_two_processes_train_as_one(tmp_path, loss, size):
     """To rounding, where the positives do not hang on it: own keys, then labels; mining may decide a tie otherwise."""
     # 23 training videos, not 20: batches of 8, 8 and 7, so the shares of the last are 4 and 3
     phases = (PHASES[0], replace(PHASES[1], positives="labels"))
     clip = ClipConfig(frames=4, size=24)  # at 16 batch norm would stand on four numbers, and make much of roundings
-    alone = ce.train(small(tmp_path / "a", phase=phases, loss=loss, clip=clip), cache=MovingSquares(count=27))
-    for code, errors in together(tmp_path, small(tmp_path / "b", phase=phases, loss=loss, clip=clip), count=27):
+    changes = {"phase": phases, "loss": loss, "clip": clip, "bank": BankConfig(size=size)}
+    alone = ce.train(small(tmp_path / "a", **changes), cache=MovingSquares(count=27))
+    for code, errors in together(tmp_path, small(tmp_path / "b", **changes), count=27):
         assert code == 0, errors
     both = Run.open(tmp_path / "b" / "run")
     for one, other in zip(alone.metrics, both.metrics, strict=True):

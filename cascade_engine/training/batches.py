@@ -126,12 +126,12 @@ class Batches(Dataset[Batch]):
         own = share(len(rows), self.world)
         train = self.phase.train
         keys = self._clips(self.phase.views, rows, order[own], KEY, epoch, place)
-        stream = self._stream(SPOIL, epoch, place, self.world.rank)
+        stream = self._stream(SPOIL, epoch, place, 0)
         for how in self.config.loss.negatives:
-            spoilt = (
-                repeat_frames(train, keys[train], stream) if how == "repeat" else shuffle_frames(keys[train], stream)
-            )
-            keys[SPOILT + how] = spoilt
+            if how == "repeat":
+                keys[SPOILT + how] = repeat_frames(train, keys[train], stream, first=own.start, joint=len(rows))
+            else:
+                keys[SPOILT + how] = shuffle_frames(keys[train], stream, first=own.start, joint=len(rows))
         return Batch(
             rows=torch.from_numpy(rows),
             own=own,

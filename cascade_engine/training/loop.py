@@ -19,7 +19,7 @@ from cascade_engine.training.extraction import write_features
 from cascade_engine.training.interruption import Interruption
 from cascade_engine.training.journal import Journal
 from cascade_engine.training.objective import Contrast, Outcome
-from cascade_engine.training.parallel import World, average_statistics, gather, joined, sum_gradients, wait
+from cascade_engine.training.parallel import World, average_statistics, gather, joined, sum_gradients, summed, wait
 from cascade_engine.training.phases import judge_mining, make_initial
 from cascade_engine.training.run import INITIAL, Run
 from cascade_engine.training.state import PhaseState
@@ -145,7 +145,7 @@ def train_phase(state: PhaseState, desk: Desk, device: torch.device) -> None:
         set_rate(state)
         contrast, outcome = forward(state, batch, desk.world, device)
         count = accumulated(state)
-        weight = len(contrast.query) / len(batch.rows) / count
+        weight = outcome.counted / joint_count(state, batch, outcome, desk.world) / count
         (outcome.loss * weight).backward()  # type: ignore[no-untyped-call]
         desk.count(state, batch, contrast, outcome, weight)
         enqueue(state, batch)  # after the loss, and after its backward pass: both read the bank
@@ -171,12 +171,21 @@ def forward(state: PhaseState, batch: Batch, world: World, device: torch.device)
         spoilt=spoilt,
         companions=state.keys if state.config.loss.in_batch else None,
         companion_id=batch.rows.to(device),
+        first=batch.own.start,
+        joint=len(batch.rows),
     )
     drop: torch.Generator | None = None
-    if isinstance(state.config.loss.self_positive, float):
-        place = np.random.SeedSequence([state.config.seed, state.number, state.item, world.rank])
+    if not isinstance(state.config.loss.self_positive, str):
+        place = np.random.SeedSequence([state.config.seed, state.number, state.item, 0])  # alike in all processes
         drop = torch.Generator(device).manual_seed(int(place.generate_state(1, np.uint64)[0] >> np.uint64(1)))
     return contrast, state.objective(contrast, state.bank.bank(), mining=state.mining, generator=drop)
+
+
+def joint_count(state: PhaseState, batch: Batch, outcome: Outcome, world: World) -> int:
+    """Queries of the joint batch that have a positive, at least 1: what the sum of all losses is divided by."""
+    if state.config.loss.self_positive != "never":
+        return len(batch.rows)
+    return max(1, int(summed(np.array([outcome.counted]), world)[0]))
 
 
 @torch.no_grad()

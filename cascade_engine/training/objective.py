@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from cascade_engine.bank import Bank
-from cascade_engine.loss import multi_positive_nce
+from cascade_engine.loss import SelfPositive, multi_positive_nce
 from cascade_engine.mining import Positives, mine
 from cascade_engine.plan import CascadePlan
 from cascade_engine.training.config import LossConfig, PhaseConfig
@@ -28,6 +28,8 @@ class Contrast:
         spoilt: (M, D), further negatives of every query, or None.
         companions: view to (N, D), the keys of the whole batch, of which those of other videos are negatives; or None.
         companion_id: (N,) their videos.
+        first: the place of the first of these queries in the joint batch of all processes.
+        joint: queries of the joint batch; 0: these are all.
     """
 
     query: torch.Tensor
@@ -37,6 +39,8 @@ class Contrast:
     spoilt: torch.Tensor | None = None
     companions: Mapping[str, torch.Tensor] | None = None
     companion_id: torch.Tensor | None = None
+    first: int = 0
+    joint: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,12 +48,14 @@ class Outcome:
     """A batch's loss and how it came about.
 
     Args:
-        loss: scalar, the mean over the queries.
+        loss: scalar, the mean over the queries that have a positive.
+        counted: how many have one; without ``self_positive = "never"`` all.
         positives: what was found in the bank; None while nothing is mined.
         seconds: spent mining and on the loss's forward pass.
     """
 
     loss: torch.Tensor
+    counted: int
     positives: Positives | None
     seconds: float
 
@@ -77,14 +83,25 @@ class Objective:
             batch: queries and keys.
             bank: the keys to contrast with, without the batch's own.
             mining: whether the bank is full enough to mine in.
-            generator: draws which own keys are dropped.
+            generator: draws which own keys are dropped, for the joint batch of all processes.
         """
         started = time.perf_counter()
         found = self._positives(batch, bank) if mining else None
         both = (self.phase.train, *self.phase.oracles[:1])
         views = {"same": both[:1], "cross": both[1:], "both": both}[self.phase.pairs]
         losses = [self._loss(batch, bank, found, view, generator) for view in views]
-        return Outcome(loss=torch.stack(losses).mean(), positives=found, seconds=time.perf_counter() - started)
+        counted = len(batch.query) if found is None else self._counted(batch, bank, found)
+        loss, seconds = torch.stack(losses).mean(), time.perf_counter() - started
+        return Outcome(loss=loss, counted=counted, positives=found, seconds=seconds)
+
+    def _counted(self, batch: Contrast, bank: Bank, found: Positives) -> int:
+        """Queries whose loss counts; positives are of other videos than the query's, so each is a member of P."""
+        if self.loss.self_positive != "never":
+            return len(batch.query)
+        some = (torch.as_tensor(found.index, device=batch.query.device) >= 0).any(1)
+        if self.loss.siblings == "positive":
+            some |= torch.isin(batch.video_id, torch.as_tensor(bank.video_id, device=batch.video_id.device))
+        return int(some.sum())
 
     def _positives(self, batch: Contrast, bank: Bank) -> Positives | None:
         if self.phase.positives == "labels":
@@ -105,6 +122,10 @@ class Objective:
             bank = with_negatives(bank, view, batch.companions[view], batch.companion_id)
         if batch.spoilt is not None and view == self.phase.train:
             bank = with_negatives(bank, view, batch.spoilt)
+        own_key: SelfPositive = self.loss.self_positive if found is not None else "always"
+        if not isinstance(own_key, str):
+            drawn = torch.rand(batch.joint or len(batch.query), generator=generator, device=batch.query.device)
+            own_key = drawn[batch.first : batch.first + len(batch.query)] < own_key
         nothing = torch.full((len(batch.query), 1), -1, device=batch.query.device)
         return multi_positive_nce(
             batch.query,
@@ -114,10 +135,9 @@ class Objective:
             view=view,
             temperature=self.loss.temperature,
             reduction=self.loss.reduction,
-            self_positive=self.loss.self_positive if found is not None else "always",
+            self_positive=own_key,
             siblings=self.loss.siblings,
             query_video_id=batch.video_id,
-            generator=generator,
         )
 
 

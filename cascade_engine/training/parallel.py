@@ -1,7 +1,8 @@
 """Several processes training as one: each computes a share of every batch, all hold the same keys and weights.
 
 Gradients are summed in one flat vector after the backward pass instead of by DistributedDataParallel's hooks: shares of
-any size are weighted exactly, so the loss curve is that of one process with the joint batch.
+any size are weighted exactly, by their queries that have a positive, and random numbers are drawn for the joint batch.
+So the loss curve is that of one process with the joint batch.
 """
 
 from __future__ import annotations

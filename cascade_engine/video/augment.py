@@ -173,29 +173,38 @@ def centre(view: str, clips: Array, size: int) -> torch.Tensor:
     return planes.transpose(1, 2).contiguous()
 
 
-def repeat_frames(view: str, clips: torch.Tensor, generator: Generator) -> torch.Tensor:
+def repeat_frames(
+    view: str, clips: torch.Tensor, generator: Generator, *, first: int = 0, joint: int = 0
+) -> torch.Tensor:
     """Negatives without motion: one frame of each clip, shown all the time; views of differences become zero.
 
     Args:
         view: its name.
         clips: (B, C, T, H, W).
         generator: chooses the frames.
+        first: the place of the first of them among `joint` clips; frames are chosen for all, and these get theirs.
+        joint: how many; 0: these are all.
 
     Source: Tao et al., ACM MM 2020 (IIC), section 3.3; METHOD block 910B.
     """
     if VIEWS[view].signed:
         return torch.zeros_like(clips)
     count, time = clips.shape[0], clips.shape[2]
-    chosen = (_Uniform(count, generator)(0, 1) * time).long().clamp(max=time - 1).to(clips.device)
+    drawn = _Uniform(joint or count, generator)(0, 1)[first : first + count]
+    chosen = (drawn * time).long().clamp(max=time - 1).to(clips.device)
     return clips[torch.arange(count, device=clips.device), :, chosen][:, :, None].expand_as(clips).contiguous()
 
 
-def shuffle_frames(clips: torch.Tensor, generator: Generator) -> torch.Tensor:
+def shuffle_frames(
+    clips: torch.Tensor, generator: Generator, *, first: int = 0, joint: int = 0
+) -> torch.Tensor:
     """Negatives with broken motion: the frames of each clip in a random order that is not their own.
 
     Args:
         clips: (B, C, T, H, W), at least two frames.
         generator: draws the orders.
+        first: their place among `joint` clips, as in `repeat_frames`.
+        joint: how many; 0: these are all.
 
     Raises:
         InvalidInput: clips of one frame, which have no other order.
@@ -205,7 +214,8 @@ def shuffle_frames(clips: torch.Tensor, generator: Generator) -> torch.Tensor:
     count, time = clips.shape[0], clips.shape[2]
     if time < 2:
         raise InvalidInput(f"clips: expected at least 2 frames to shuffle, got {time}")
-    order = torch.stack([_Uniform(time, generator)(0, 1) for _ in range(count)]).argsort(dim=1, stable=True)
+    drawn = torch.stack([_Uniform(time, generator)(0, 1) for _ in range(joint or count)])[first : first + count]
+    order = drawn.argsort(dim=1, stable=True)
     same = (order == torch.arange(time)).all(dim=1)
     order[same] = order[same].roll(1, dims=1)
     places = order.to(clips.device)[:, None, :, None, None].expand_as(clips)
