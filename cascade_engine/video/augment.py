@@ -195,9 +195,7 @@ def repeat_frames(
     return clips[torch.arange(count, device=clips.device), :, chosen][:, :, None].expand_as(clips).contiguous()
 
 
-def shuffle_frames(
-    clips: torch.Tensor, generator: Generator, *, first: int = 0, joint: int = 0
-) -> torch.Tensor:
+def shuffle_frames(clips: torch.Tensor, generator: Generator, *, first: int = 0, joint: int = 0) -> torch.Tensor:
     """Negatives with broken motion: the frames of each clip in a random order that is not their own.
 
     Args:
