@@ -62,8 +62,8 @@ def create(
 def import_(
     path: Path, sources: tuple[Path, ...], phase: str | None, renames: tuple[str, ...], durability: Any, as_json: bool
 ) -> None:
-    """Append .npy, .npz, Parquet, HDF5 files or folders of .npy or .pt files. Makes the store where there is none;
-    one made for an import that adds no clip is removed again.
+    """Append .npy, .npz, Parquet or HDF5 files, plain Zarr, or folders of .npy or .pt files. Makes the store where
+    there is none; one made for an import that adds no clip is removed again.
 
     Arrays go to the views and columns of their names; --map renames. Without clip_id, clips are counted.
 

@@ -1,4 +1,4 @@
-"""What can be imported, read some rows at a time: .npy, .npz, Parquet, HDF5, folders of .npy or .pt files."""
+"""What can be imported, some rows at a time: .npy, .npz, Parquet, HDF5, plain Zarr, folders of .npy or .pt files."""
 
 from __future__ import annotations
 
@@ -10,12 +10,17 @@ from typing import Any
 import numpy as np
 
 from cascade_engine.errors import CascadeError, InvalidInput, NotFound
+from cascade_engine.store.columns import Categorical
+from cascade_engine.tensor import BFLOAT16
+
+_ZARR = ("zarr.json", ".zgroup", ".zarray")
 
 
 def read_tables(source: Path, rows: int = 65_536) -> Iterator[dict[str, Any]]:
     """The arrays of a file or folder by name, some rows at a time: (b, D) features and (b,) columns.
 
-    Features that some clips do not have, such as nulls of Parquet, are masked arrays.
+    Features that some clips do not have are masked arrays: nulls of Parquet, and of Zarr, rows of nothing but a fill
+    value NaN.
 
     A folder of .npy files has one array a file; a folder of .pt files is read in the order of their names, each a
     dictionary of tensors of as many rows, or of one clip's vectors and values.
@@ -37,7 +42,9 @@ def read_tables(source: Path, rows: int = 65_536) -> Iterator[dict[str, Any]]:
 
 def _tables(source: Path, rows: int) -> Iterator[dict[str, Any]]:
     suffixes = {each.suffix for each in source.iterdir()} if source.is_dir() else {source.suffix}
-    if source.is_dir() and ".pt" in suffixes:
+    if any((source / name).is_file() for name in _ZARR):
+        yield from _slices(_zarr(source), rows, source)
+    elif source.is_dir() and ".pt" in suffixes:
         yield from _pt(source)
     elif suffixes & {".npy", ".npz"}:
         yield from _slices(_numpy(source), rows, source)
@@ -51,7 +58,7 @@ def _tables(source: Path, rows: int) -> Iterator[dict[str, Any]]:
             file.visititems(lambda name, each: found.update({name: each}) if isinstance(each, h5py.Dataset) else None)
             yield from _slices(found, rows, source)
     else:
-        raise InvalidInput(f"{source}: expected .npy, .npz, .parquet, .h5 or a folder of .npy or .pt files")
+        raise InvalidInput(f"{source}: expected .npy, .npz, .parquet, .h5, Zarr or a folder of .npy or .pt files")
 
 
 def _numpy(source: Path) -> dict[str, Any]:
@@ -69,6 +76,52 @@ def _slices(found: Mapping[str, Any], rows: int, source: Path) -> Iterator[dict[
         raise InvalidInput(f"{source}: expected arrays of one length, got {lengths or 'none'}")
     for start in range(0, next(iter(lengths.values())), rows):
         yield {name: values[start : start + rows] for name, values in found.items()}
+
+
+def _zarr(source: Path) -> dict[str, Any]:
+    """The arrays of a Zarr group by path, or the one array there is."""
+    import zarr
+
+    node = zarr.open(str(source), mode="r")
+    if "cascade" in node.attrs:
+        raise InvalidInput(f"{source}: expected plain Zarr, got a feature store's own; export it first")
+    if isinstance(node, zarr.Array):
+        return {source.stem: _ZarrArray(node)}
+    return {name: _ZarrArray(each) for name, each in node.members(max_depth=None) if isinstance(each, zarr.Array)}
+
+
+class _ZarrArray:
+    """A Zarr array whose slices are what `exchanging.archive` coded: texts, bfloat16 and missing views."""
+
+    def __init__(self, array: Any) -> None:
+        self._array, self._about = array, dict(array.attrs)
+
+    def __len__(self) -> int:
+        """Its rows."""
+        return int(self._array.shape[0])
+
+    def __getitem__(self, rows: slice) -> Any:
+        """Some of its rows."""
+        values, fill = self._array[rows], self._array.fill_value
+        if "categories" in self._about:
+            return self._texts(values)
+        if self._about.get("dtype") == "bfloat16":
+            values, fill = values.view(BFLOAT16).astype(np.float32), np.nan
+        if values.ndim != 2 or values.dtype.kind != "f" or fill is None or not np.isnan(fill):
+            return values
+        absent = np.isnan(values).all(axis=1)
+        if not absent.any():
+            return values
+        return np.ma.MaskedArray(values, mask=np.broadcast_to(absent[:, None], values.shape))
+
+    def _texts(self, codes: Any) -> Any:
+        texts = tuple(self._about["categories"])
+        if len(codes) and not 0 <= codes.min() <= codes.max() < len(texts):
+            raise InvalidInput(
+                f"array {self._array.basename!r}: expected codes from 0 to {len(texts) - 1}, "
+                f"got {codes.min()} to {codes.max()}"
+            )
+        return Categorical(codes=codes, categories=texts)[:]
 
 
 def _parquet(source: Path, rows: int) -> Iterator[dict[str, Any]]:
