@@ -388,6 +388,30 @@ print(all(same), all(came), len(came) > 2)
     assert done.stdout.strip() == "True True True", (done.returncode, done.stdout, done.stderr)
 
 
+def test_signal_handlers_may_mine_with_a_bank_being_packed():
+    """The thread that packs it is the one that would wait for it."""
+    done = _run(
+        """
+import faulthandler
+faulthandler.dump_traceback_later(60, exit=True)
+keys, queries = rng.standard_normal((1 << 18, 64), np.float32), rng.standard_normal((96, 64), np.float32)
+came = []
+def handler(*_):
+    came.append(ce.mine(plan, {"a": queries}, bank, backend="cpu").index)
+signal.signal(signal.SIGALRM, handler)
+ce.mine(ce.CascadePlan.parse("a:10"), {"a": queries}, ce.Bank({"a": keys[:9000]}), backend="cpu")  # imports what there is to import
+for text in ("a:10", "a:50%,a:20"):
+    plan, bank = ce.CascadePlan.parse(text), ce.Bank({"a": keys})
+    signal.setitimer(signal.ITIMER_REAL, 0.01)  # packing takes some 50 ms
+    outer = ce.mine(plan, {"a": queries}, bank, backend="cpu").index
+    again = ce.mine(plan, {"a": queries}, bank, backend="cpu").index
+    print(len(came), (came.pop() == outer).all(), (again == outer).all())
+""",
+        OMP_NUM_THREADS="1",
+    )
+    assert done.stdout.split("\n")[:2] == ["1 True True"] * 2, (done.returncode, done.stdout, done.stderr)
+
+
 def test_two_threads_mine_at_once():
     rng, plan = np.random.default_rng(19), ce.CascadePlan.parse("a:50%,a:5")
     bank = ce.Bank({"a": FAMILIES["separated"](rng, 3000, 32)})

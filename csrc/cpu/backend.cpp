@@ -91,20 +91,24 @@ Bank::Bank(std::vector<Matrix> views, const int64_t* key_video, Metric metric, c
   update(0, size());
 }
 
-const Packed16& Bank::packed16(std::span<const int32_t> views, const Control& control) {
-  const std::lock_guard lock(making_);
+template <class Packed>
+const Packed& Bank::made(std::map<std::vector<int32_t>, std::unique_ptr<Packed>>& all, std::span<const int32_t> views,
+                         const Control& control, const Making& making) {
   const std::vector<int32_t> wanted(views.begin(), views.end());
-  auto& found = packed16_[wanted];
-  if (!found) found = std::make_unique<Packed16>(views_, metric_, wanted, *kernels_, control, shelf_.get());
-  return *found;
+  if (const auto found = all.find(wanted); found != all.end() && found->second) return *found->second;
+  Shelf* const shelf = making.is_nested() ? nullptr : shelf_.get();
+  auto packed = std::make_unique<Packed>(views_, metric_, wanted, *kernels_, control, shelf);
+  return *(all[wanted] = std::move(packed));
+}
+
+const Packed16& Bank::packed16(std::span<const int32_t> views, const Control& control) {
+  const Making making(*this);
+  return made(packed16_, views, control, making);
 }
 
 const Packed8& Bank::packed8(std::span<const int32_t> views, const Control& control) {
-  const std::lock_guard lock(making_);
-  const std::vector<int32_t> wanted(views.begin(), views.end());
-  auto& found = packed8_[wanted];
-  if (!found) found = std::make_unique<Packed8>(views_, metric_, wanted, *kernels_, control, shelf_.get());
-  return *found;
+  const Making making(*this);
+  return made(packed8_, views, control, making);
 }
 
 // Calls `use(done, some)` for all rows; where files are mapped, some at a time, each of which touches `reach` bytes.
@@ -135,14 +139,14 @@ void Bank::dots_float(const float* query, int32_t view, const int64_t* keys, int
 }
 
 const VideoIndex& Bank::videos() {
-  const std::lock_guard lock(making_);
+  const Making making(*this);
   if (!videos_) videos_ = std::make_unique<VideoIndex>(key_video_, size());
   return *videos_;
 }
 
 double Bank::longest(int32_t view) {
   constexpr double round_up = 1 + 1e-9;
-  const std::lock_guard lock(making_);
+  const Making making(*this);
   for (const auto& [views, packed] : packed8_)
     if (packed && packed->longest(view) >= 0) return packed->longest(view) * round_up;
   if (shelf_ != nullptr) return std::numeric_limits<double>::infinity();
@@ -151,8 +155,8 @@ double Bank::longest(int32_t view) {
 }
 
 const Covariance* Bank::covariance(int32_t view, int64_t batch, const Control& control) {
-  const std::lock_guard lock(making_);
-  if (views_[view].columns >= Covariance::most_dims) return nullptr;
+  const Making making(*this);
+  if (views_[view].columns >= Covariance::most_dims || making.is_nested()) return nullptr;
   Spread& spread = spreads_[view];
   if (!spread.covariance) spread.covariance = std::make_unique<Covariance>(views_, metric_, view, *kernels_);
   spread.asked += batch;
@@ -166,13 +170,13 @@ const Covariance* Bank::covariance(int32_t view, int64_t batch, const Control& c
 
 bool Bank::worth_packing(int64_t batch) {
   if (shelf_ != nullptr) return true;  // what one process packs serves all that come later
-  const std::lock_guard lock(making_);
+  const Making making(*this);
   asked_ += batch;
   return asked_ >= packing_pays_from;
 }
 
 void Bank::update(int64_t first, int64_t count) {
-  const std::lock_guard lock(making_);
+  const Making making(*this);
   if (metric_ != Metric::inner_product) {
     std::vector<double> key;
     for (size_t view = 0; view < views_.size(); ++view)

@@ -1,11 +1,13 @@
 // The CPU backend's border: what a call needs, checked by the caller, and where its answer goes.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <map>
 #include <memory>
 #include <mutex>
 #include <span>
+#include <thread>
 #include <vector>
 
 #include "core/plan.hpp"
@@ -75,7 +77,34 @@ class Bank {
   const Kernels* kernels_;
   std::unique_ptr<Shelf> shelf_;  // outlives what is packed in its files
   std::vector<std::vector<double>> squared_norms_;
+  // Making takes long and asks for signals meanwhile, whose handlers may mine with this bank: the caller may come again
+  // while it is making. It then makes what it needs in memory and leaves alone what is being made.
+  class Making {
+   public:
+    explicit Making(Bank& bank) : bank_(bank), is_nested_(bank.maker_ == caller()) {
+      if (is_nested_) return;
+      bank_.making_.lock();
+      bank_.maker_ = caller();
+    }
+    ~Making() {
+      if (is_nested_) return;
+      bank_.maker_ = std::thread::id();
+      bank_.making_.unlock();
+    }
+    Making(const Making&) = delete;
+    Making& operator=(const Making&) = delete;
+    bool is_nested() const { return is_nested_; }
+
+   private:
+    Bank& bank_;
+    bool is_nested_;
+  };
+  template <class Packed>
+  const Packed& made(std::map<std::vector<int32_t>, std::unique_ptr<Packed>>& all, std::span<const int32_t> views,
+                     const Control& control, const Making& making);
+
   std::mutex making_;
+  std::atomic<std::thread::id> maker_;  // the caller that is making
   std::vector<double> longest_;  // per view; negative where not yet known
   std::map<std::vector<int32_t>, std::unique_ptr<Packed16>> packed16_;
   std::map<std::vector<int32_t>, std::unique_ptr<Packed8>> packed8_;

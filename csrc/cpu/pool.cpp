@@ -181,6 +181,11 @@ void run_parts(int parts, const Control& control, const std::function<void(int, 
   if (call.stop.load()) throw Interrupted{};
 }
 
+std::thread::id& caller() {
+  thread_local std::thread::id id = std::this_thread::get_id();
+  return id;
+}
+
 bool should_stop() {
   if (current == nullptr) return false;
   if (calling) current->poll();

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <thread>
 
 namespace cascade::cpu {
 
@@ -20,6 +21,10 @@ struct Interrupted {};
 // is not waited for. While another call holds the pool, all parts run on the calling thread, which is never slower than
 // waiting. Exceptions of a part reach the caller.
 void run_parts(int parts, const Control& control, const std::function<void(int part, int parts)>& work);
+
+// Who called: this thread, or the one that waits while this one works for it (a signal's handler that calls in the midst
+// of a call, for one).
+std::thread::id& caller();
 
 // Whether the call under way should stop. Cheap; to be asked between tiles. Reads the clock on the calling thread.
 bool should_stop();

@@ -130,7 +130,13 @@ void run(int threads, const Call& call) {
   const cpu::Control control{.threads = threads, .interrupted = interrupted};
   try {
     const py::gil_scoped_release release;
-    if (at_work) return std::async(std::launch::async, [&] { call(control); }).get();
+    if (at_work) {
+      const auto on_behalf = [&, caller = cpu::caller()] {
+        cpu::caller() = caller;
+        call(control);
+      };
+      return std::async(std::launch::async, on_behalf).get();
+    }
     struct Work {
       Work() { at_work = true; }
       ~Work() { at_work = false; }
