@@ -394,6 +394,18 @@ def test_a_cut_off_fill_is_undone(tmp_path):
         assert store.verify() == []
 
 
+def test_a_file_that_a_killed_writer_made_is_synced_into_its_folder(tmp_path):
+    path = tmp_path / "s"
+    with ce.FeatureStore.create(path, VIEWS, columns=COLUMNS, chunk_bytes=PAGE) as store:
+        store.append(**batch(1, 0, 64))
+    (path / "phases/main/rgb/c.1.0").write_bytes(bytes(PAGE))
+    files = LoggedFiles()
+    with ce.FeatureStore.open(path, mode="a", files=files) as store:
+        store.append(**batch(2, 64, 60))
+    committed = next(at for at, entry in enumerate(files.log) if entry[-1] == path / "phases/main/zarr.json")
+    assert ("sync_folder", path / "phases/main/rgb") in files.log[:committed]
+
+
 def test_the_log_sees_every_change(tmp_path):
     """What the model replays in full is what the file system holds."""
     disk, log = workload(tmp_path / "s", "commit", 9, 4)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cascade_engine.errors import InvalidInput, SchemaMismatch, StoreError
+from cascade_engine.errors import InvalidInput, SchemaMismatch
 from cascade_engine.store.columns import Dictionary, pack, typed
 from cascade_engine.store.ingest import Batch, features
 from cascade_engine.store.layout import (
@@ -57,7 +57,7 @@ def fill(
         writer.sync()
         writer.overwrite(view, rows[order], stored[order])
         writer.publish("fill")
-    except StoreError:
+    except BaseException:  # an interrupt too: closing the store would commit what is pending
         writer.abandon("a fill failed half-way; open the phase again, which undoes it")
         raise
 

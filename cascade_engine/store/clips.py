@@ -22,6 +22,10 @@ class ClipIndex:
         self._late: list[tuple[Ids, int]] = []  # added since, not in a run yet
         self._highest: int | None = None
 
+    def __len__(self) -> int:
+        """How many rows it knows."""
+        return self._rows
+
     def duplicates(self, ids: Ids) -> Ids:
         """Those of `ids` that are there already, or twice among themselves."""
         ordered = np.sort(ids)

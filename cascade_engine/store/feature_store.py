@@ -194,8 +194,10 @@ class FeatureStore(StoreReader):
         """
         writer = self._writing()
         given = {"clip_id": clip_id, "video_id": video_id, "start": start, "end": end, **columns}
-        batch = check_batch(writer.pending, writer.next_commit, self._dictionaries, views, present or {}, given)
         index = self._at(None).clips
+        if len(index) != writer.pending.rows:
+            raise StoreError(f"{self.path}: an append was interrupted; open the phase again to go on")
+        batch = check_batch(writer.pending, writer.next_commit, self._dictionaries, views, present or {}, given)
         _require_new(index, batch)
         with writer.transaction():
             changing.note_batch(writer, batch, self._dictionaries)

@@ -45,8 +45,12 @@ class LocalFiles:
             fd, new = os.open(path, os.O_RDWR | os.O_CLOEXEC), False
         except FileNotFoundError:
             fd, new = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), True
-        if size and os.fstat(fd).st_size < size:
-            os.ftruncate(fd, size)
+        try:
+            if size and os.fstat(fd).st_size < size:
+                os.ftruncate(fd, size)
+        except BaseException:
+            os.close(fd)
+            raise
         return fd, new
 
     def write_at(self, fd: int, data: memoryview | bytes, offset: int) -> None:
@@ -79,6 +83,11 @@ class LocalFiles:
 
 def write_whole(files: Files, path: Path, data: bytes, *, sync: bool) -> None:
     """Replace the file at `path` by one with `data`, atomically; durable where `sync`, its folder's entry aside."""
+    files.rename(write_beside(files, path, data, sync=sync), path)
+
+
+def write_beside(files: Files, path: Path, data: bytes, *, sync: bool) -> Path:
+    """Write `data` to a new file beside `path` that is to replace it."""
     temporary = path.with_name(path.name + ".new")
     temporary.unlink(missing_ok=True)
     fd, _ = files.open_sized(temporary, 0)
@@ -88,4 +97,4 @@ def write_whole(files: Files, path: Path, data: bytes, *, sync: bool) -> None:
             files.sync(fd)
     finally:
         files.close(fd)
-    files.rename(temporary, path)
+    return temporary

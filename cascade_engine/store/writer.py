@@ -19,7 +19,7 @@ import numpy as np
 
 from cascade_engine.errors import Corrupt, StoreError
 from cascade_engine.store.blanks import blank_chunks
-from cascade_engine.store.files import Files, write_whole
+from cascade_engine.store.files import Files, write_beside, write_whole
 from cascade_engine.store.layout import ABSENT, ArraySpec, Tail, presence_path
 from cascade_engine.store.mapping import map_array
 from cascade_engine.store.record import Record
@@ -153,7 +153,14 @@ class PhaseWriter:
             record = replace(self.pending, commit=self.next_commit, time=now)
             with _named_errors(self.folder):
                 self.sync()
-                write_whole(self.files, self.folder / "zarr.json", record.document(), sync=self._sync)
+                fresh = write_beside(self.files, self.folder / "zarr.json", record.document(), sync=self._sync)
+                # An interrupt from here on may leave the disk a commit ahead: what is written next would overwrite it.
+                self._broken = f"{self.folder}: a commit was interrupted; open the phase again to go on"
+                try:
+                    self.files.rename(fresh, self.folder / "zarr.json")
+                except OSError:
+                    self._broken = None
+                    raise
         try:
             if self._sync:
                 self.files.sync_folder(self.folder)
@@ -163,6 +170,7 @@ class PhaseWriter:
         previous, self.record, self.pending = self.record, record, record
         self._waiting, self._since = 0, time.monotonic()
         self._refresh(previous)
+        self._broken = None
 
     def _refresh_all(self) -> None:
         """Bring every array's own `zarr.json` up to the commit: what a crash after the commit may have left behind."""
@@ -218,13 +226,13 @@ class PhaseWriter:
 
     def abandon(self, reason: str = "the writer is closed") -> None:
         """Let go of all files and stop; what is pending is never seen."""
-        for chunk in self._open.values():
+        if self._pool is not None:
+            self._pool.shutdown()  # first: what it syncs must be open
+        for fd in {chunk.fd for chunk in self._open.values()} | self._touched.keys():
             with suppress(OSError):
-                self.files.close(chunk.fd)
+                self.files.close(fd)
         self._open.clear()
         self._touched.clear()
-        if self._pool is not None:
-            self._pool.shutdown()
         self._broken = self._broken or f"{self.folder}: {reason}"
 
     def _extend(self, spec: ArraySpec, tail: Tail, values: Rows) -> tuple[Tail, list[tuple[str, int, int]]]:
@@ -266,32 +274,33 @@ class PhaseWriter:
             self._touched[held.fd] = self.folder / spec.path
             return held.fd
         if held is not None:
-            self._release(held)
             del self._open[spec.path]
+            self._release(held)
         path = self.folder / spec.path / spec.chunk_file(number)
         if blank and not path.exists():
             if not blank_chunks(self.pending, spec.path, self._checksums)(number):
                 raise Corrupt(f"{path}: expected a chunk file, got none")
             whole = np.broadcast_to(spec.blank(), (spec.chunk, *spec.width)).tobytes()
             write_whole(self.files, path, whole, sync=self._sync)
-            if self._sync:
-                self.files.sync_folder(path.parent)
         fd, new = self.files.open_sized(path, spec.chunk_bytes)
+        try:
+            if self._sync:
+                if new:
+                    self._sync_file(fd)
+                self.files.sync_folder(path.parent)  # of an old file too: its maker may have been stopped before this
+        except BaseException:
+            self.files.close(fd)
+            raise
         self._open[spec.path] = _Chunk(number, fd)
         self._touched[fd] = path
-        if new and self._sync:
-            self._sync_file(fd)
-            self.files.sync_folder(path.parent)
         return fd
 
     def _release(self, chunk: _Chunk) -> None:
-        """Sync and close a chunk file that is left for another."""
-        touched = self._touched.pop(chunk.fd, None) is not None
-        try:
-            if touched and self._sync:
-                self._sync_file(chunk.fd)
-        finally:
-            self.files.close(chunk.fd)
+        """Sync and close a chunk file that is left for another; cut off, the next commit syncs it."""
+        if chunk.fd in self._touched and self._sync:
+            self._sync_file(chunk.fd)
+        self._touched.pop(chunk.fd, None)
+        self.files.close(chunk.fd)
 
     def sync(self) -> None:
         """Sync all descriptors written to, in parallel: the disk flushes once or twice instead of a dozen times."""
