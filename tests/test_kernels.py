@@ -399,7 +399,8 @@ came = []
 def handler(*_):
     came.append(ce.mine(plan, {"a": queries}, bank, backend="cpu").index)
 signal.signal(signal.SIGALRM, handler)
-ce.mine(ce.CascadePlan.parse("a:10"), {"a": queries}, ce.Bank({"a": keys[:9000]}), backend="cpu")  # imports what there is to import
+first = ce.CascadePlan.parse("a:10")
+ce.mine(first, {"a": queries}, ce.Bank({"a": keys[:9000]}), backend="cpu")  # imports what there is to import
 for text in ("a:10", "a:50%,a:20"):
     plan, bank = ce.CascadePlan.parse(text), ce.Bank({"a": keys})
     signal.setitimer(signal.ITIMER_REAL, 0.01)  # packing takes some 50 ms
