@@ -105,7 +105,7 @@ class Bank {
 
   std::mutex making_;
   std::atomic<std::thread::id> maker_;  // the caller that is making
-  std::vector<double> longest_;  // per view; negative where not yet known
+  std::vector<double> longest_;         // per view; negative where not yet known
   std::map<std::vector<int32_t>, std::unique_ptr<Packed16>> packed16_;
   std::map<std::vector<int32_t>, std::unique_ptr<Packed8>> packed8_;
   struct Spread {

@@ -22,8 +22,8 @@ struct Interrupted {};
 // waiting. Exceptions of a part reach the caller.
 void run_parts(int parts, const Control& control, const std::function<void(int part, int parts)>& work);
 
-// Who called: this thread, or the one that waits while this one works for it (a signal's handler that calls in the midst
-// of a call, for one).
+// Who called: this thread, or the one that waits while this one works for it (a signal's handler that calls in the
+// midst of a call, for one).
 std::thread::id& caller();
 
 // Whether the call under way should stop. Cheap; to be asked between tiles. Reads the clock on the calling thread.
