@@ -297,6 +297,26 @@ def test_options_train(tmp_path, changes):
         assert [row["step"] for row in rows] == [2, 3, 5, 7, 9, 11, 13, 15], "steps of two batches, the last of one"
 
 
+@pytest.mark.parametrize(("accumulate", "steps"), [(2, [7, 9, 13, 15]), (8, [11, 11, 15, 15])])
+def test_every_epoch_has_its_own_figures_wherever_steps_end(tmp_path, accumulate, steps):
+    """With weights that do not move, an epoch's figures do not hang on how many of its batches make a step."""
+    phases = tuple(replace(phase, lr=1e-30) for phase in PHASES)
+    optim = small(tmp_path).optim
+    straight = ce.train(small(tmp_path / "a", phase=phases), cache=MovingSquares())
+    config = small(tmp_path / "b", phase=phases, optim=replace(optim, accumulate=accumulate))
+    with pytest.raises(Crash):
+        ce.train(config, cache=MovingSquares(), report=crash_at(1 + 8 // accumulate))
+    run = ce.train(config, resume=True, cache=MovingSquares())
+    columns = ("epoch", "precision", "coverage", "hubness", "class_recall_group", "agreement", "plan_precision")
+
+    def figures(run):
+        rows = [row for row in run.metrics if row["phase"] == "rgb-1" and row["coverage"] is not None]
+        return [row["step"] for row in rows], [[row[column] for column in columns] for row in rows]
+
+    assert figures(run) == (steps, figures(straight)[1])
+    assert [row[0] for row in figures(run)[1]] == [1, 2, 3, 4]
+
+
 def test_a_phase_may_have_a_bank_of_its_own_size(tmp_path):
     first, second = PHASES
     sizes = {}

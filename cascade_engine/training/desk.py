@@ -78,12 +78,13 @@ class Desk:
     _clips: int = 0
     _mining: float = 0.0
     _loss: float = 0.0
-    _worth: Worth | None = None
+    _ended: list[dict[str, Any]] = field(default_factory=list)  # figures of epochs that ended within this step
     _warned: set[str] = field(default_factory=set)
 
     def begin(self, state: PhaseState) -> None:
         """A phase begins."""
-        self._since, self._clips, self._mining, self._loss, self._worth = time.perf_counter(), 0, 0.0, 0.0, None
+        self._since, self._clips, self._mining, self._loss = time.perf_counter(), 0, 0.0, 0.0
+        self._ended.clear()
         self._warned.clear()
         if self.world.first:
             log.info(
@@ -100,14 +101,20 @@ class Desk:
         self._clips += len(batch.rows)
         self._mining += outcome.seconds
         self._loss += float(outcome.loss.detach()) * weight
-        if outcome.positives is None:
-            return
-        bank = state.bank.bank()
-        state.metrics.add(outcome.positives, bank, contrast.video_id)
-        plan = state.objective.plan
-        if plan is not None and (state.item + 1) % state.batches.per_epoch == 0:
-            queries = {**contrast.keys, state.phase.train: contrast.query.detach()}
-            self._worth = worth(plan, queries, bank, contrast.video_id, state.label)
+        per_epoch = state.batches.per_epoch
+        if state.item % per_epoch == 0:
+            state.metrics.clear()
+        done = state.item + 1
+        ended, known = done % per_epoch == 0, None
+        if outcome.positives is not None:
+            bank, plan = state.bank.bank(), state.objective.plan
+            state.metrics.add(outcome.positives, bank, contrast.video_id)
+            if plan is not None and ended:
+                queries = {**contrast.keys, state.phase.train: contrast.query.detach()}
+                known = worth(plan, queries, bank, contrast.video_id, state.label)
+        if ended:
+            figures = state.metrics.merged(self.world).figures()
+            self._ended.append({"epoch": done // per_epoch, **figures, **self._judged(known)})
 
     def tell(self) -> torch.Tensor:
         """What this process tells the others with its gradients: whether to stop, and its share of the loss."""
@@ -128,11 +135,10 @@ class Desk:
         stop, loss = told.tolist()
         state.losses.append(loss)
         output, last = state.config.output, state.item == len(state.batches)
-        ended = state.item % state.batches.per_epoch == 0
         if self.journal is not None and self.report is not None:
             self.report(self._progress(state, loss))
-        if ended or last or _due(state, output.log_every):
-            self._write(state, ended=ended)
+        if self._ended or _due(state, output.log_every):
+            self._write(state)
         if not last and (stop or _due(state, output.checkpoint_every)):
             self.save(state)
         if stop and not last:  # after the last step the phase is kept; the next one stops at once
@@ -162,8 +168,8 @@ class Desk:
             mining_share=self._mining / seconds,
         )
 
-    def _write(self, state: PhaseState, *, ended: bool) -> None:
-        """A row of figures; at the end of an epoch with what its mining was worth."""
+    def _write(self, state: PhaseState) -> None:
+        """A row of figures; for each epoch that ended within the step one, with what its mining was worth."""
         progress = self._progress(state, sum(state.losses) / len(state.losses))
         row: dict[str, Any] = {
             "step": self.before + state.item,
@@ -175,28 +181,26 @@ class Desk:
             "clips_per_second": progress.clips_per_second,
             "mining_share": progress.mining_share,
         }
-        if ended:
-            row |= state.metrics.merged(self.world).figures()
-            state.metrics.clear()
-            row |= self._judged()
         if self.journal is not None:
-            self.journal.write(row)
+            for figures in self._ended or [{}]:
+                self.journal.write(row | figures)
+        self._ended.clear()
         state.losses.clear()
         self._since, self._clips, self._mining = time.perf_counter(), 0, 0.0
 
-    def _judged(self) -> dict[str, float]:
+    def _judged(self, known: Worth | None) -> dict[str, float]:
         """Figures of what the views are worth; what is wrong with them is said once a phase."""
-        if self._worth is None:
+        if known is None:
             return {}
-        for warning in self._worth.warnings():
+        for warning in known.warnings():
             kind = warning.partition(":")[0]
             if kind not in self._warned and self.world.first:
                 log.warning("%s", warning)
             self._warned.add(kind)
-        row = {"agreement": self._worth.agreement}
-        if self._worth.plan_precision is not None:
-            row["plan_precision"] = self._worth.plan_precision
-            row["best_view_precision"] = max(self._worth.precision.values())
+        row = {"agreement": known.agreement}
+        if known.plan_precision is not None:
+            row["plan_precision"] = known.plan_precision
+            row["best_view_precision"] = max(known.precision.values())
         return row
 
 

@@ -21,7 +21,9 @@ COLUMNS = (
 
 
 class Journal:
-    """Rows of figures, one per logged step and one per epoch; `step` counts over the whole run.
+    """Rows of figures, one per logged step and one per epoch; `step` counts batches over the whole run.
+
+    An epoch that ends within a step of several batches has its row at that step.
 
     Args:
         folder: the run's.
