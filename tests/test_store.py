@@ -1,6 +1,9 @@
 """The feature store's rows, columns, phases and views, as its own reader shows them."""
 
 import json
+import os
+import shutil
+import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -11,6 +14,8 @@ import torch
 
 import cascade_engine as ce
 from cascade_engine.errors import InvalidInput, NotFound, SchemaMismatch, StoreError, StoreLocked
+from cascade_engine.store import opening
+from cascade_engine.store.cleaning import clean
 
 PAGE = 4096
 
@@ -212,13 +217,64 @@ def test_too_large_for_float16_is_refused(tmp_path):
 
 def test_a_second_writer_is_refused_and_told_who_holds_the_phase(tmp_path, rng):
     store, _ = fill_store(tmp_path / "s", rng, rows=10)
-    import os
-    import socket
-
     with pytest.raises(StoreLocked, match=f"pid {os.getpid()} on host {socket.gethostname()}"):
         ce.FeatureStore.open(tmp_path / "s", mode="a")
     store.close()
     ce.FeatureStore.open(tmp_path / "s", mode="a").close()
+
+
+def test_a_forked_child_neither_keeps_the_phase_nor_writes_it(tmp_path, rng):
+    store, held = fill_store(tmp_path / "s", rng, 10, durability="group")
+    more = {v: x[:1] for v, x in held.items()}
+    waiting, go = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            with pytest.raises(StoreError, match="forked from"):
+                store.append(more, **columns_of(np.arange(10, 11)))
+            store.close()
+            with pytest.raises(StoreLocked):
+                ce.FeatureStore.open(tmp_path / "s", mode="a")
+            assert ce.FeatureStore.open(tmp_path / "s").rows == 0, "what is pending is its parent's to publish"
+            os._exit(0)
+        finally:
+            os._exit(1)
+    assert os.waitpid(pid, 0)[1] == 0
+    pid = os.fork()
+    if pid == 0:
+        os.close(go)
+        os.read(waiting, 1)  # it lives on, and touches nothing
+        os._exit(0)
+    store.close()
+    with ce.FeatureStore.open(tmp_path / "s", mode="a") as store:
+        assert store.append(more, **columns_of(np.arange(10, 11))) == 1
+        assert store.rows == 11
+    os.close(go)
+    os.close(waiting)
+    assert os.waitpid(pid, 0)[1] == 0
+
+
+def test_a_phase_sealed_while_its_lock_is_awaited_takes_nothing_more(tmp_path, rng, monkeypatch):
+    fill_store(tmp_path / "s", rng, 10)[0].close()
+
+    def sealed_first(*args):
+        monkeypatch.undo()
+        ce.FeatureStore.open(tmp_path / "s", mode="a").seal()
+        return opening.take_lock(*args)
+
+    monkeypatch.setattr(opening, "take_lock", sealed_first)
+    with pytest.raises(StoreError, match="sealed"):
+        ce.FeatureStore.open(tmp_path / "s", mode="a")
+    assert clean(tmp_path / "s") == [], "nor is its lock kept"
+
+
+def test_a_copy_without_empty_folders_is_a_store_like_any(tmp_path, rng):
+    fill_store(tmp_path / "s", rng, 10)[0].close()
+    aside = tmp_path / "s/phases/main/commits/aside"
+    for use in (clean, lambda path: ce.FeatureStore.open(path, mode="a").close()):
+        shutil.rmtree(aside)
+        use(tmp_path / "s")
+        assert aside.is_dir()
 
 
 def test_phases_stand_side_by_side_and_a_sealed_one_takes_nothing_more(tmp_path, rng):

@@ -20,7 +20,7 @@ from cascade_engine.errors import InvalidInput, NotFound, StoreError
 from cascade_engine.mining import mine
 from cascade_engine.plan import CascadePlan
 from cascade_engine.store.feature_store import FeatureStore
-from cascade_engine.store.files import LocalFiles, write_whole
+from cascade_engine.store.files import LocalFiles, aside_of, write_whole
 
 Kind = Literal["hnsw", "ivf"]
 _SPARE = 2  # candidates asked for, as a multiple of what the first stage keeps: some are excluded
@@ -160,6 +160,7 @@ def open_index(store: FeatureStore, view: str, kind: Kind = "hnsw", *, phase: st
 
 
 def _keep(faiss: Any, index: Any, about: Measured, folder: Path) -> None:
+    aside_of(folder)
     data, described = _files(folder, about.view, about.kind)
     temporary = data.with_name(data.name + ".new")
     faiss.write_index(index, str(temporary))

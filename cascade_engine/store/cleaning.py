@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 
@@ -32,7 +31,7 @@ def clean(root: Path, *, dry_run: bool = False) -> list[tuple[Path, int]]:
     try:
         for name in phase_names(root):
             folder = root / "phases" / name
-            locks.append(take_lock(folder / "commits" / "aside" / "writer.lock", f"phase {name!r} of {root}"))
+            locks.append(take_lock(folder, f"phase {name!r} of {root}"))
             record = read_record(folder)
             gone += [(each, _bytes(each)) for each in folder.rglob("*.new")]
             gone += [(each, _bytes(each)) for each in _past(folder, record) + superseded(folder, record)]
@@ -43,7 +42,7 @@ def clean(root: Path, *, dry_run: bool = False) -> list[tuple[Path, int]]:
         raise StoreError(f"{root}: cannot clean up: {error.strerror} ({error.filename})") from error
     finally:
         for lock in locks:
-            os.close(lock)
+            lock.release()
     return gone
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cascade_engine.errors import NotFound, SchemaMismatch, StoreError
-from cascade_engine.store.files import LocalFiles, write_whole
+from cascade_engine.store.files import LocalFiles, aside_of, write_whole
 from cascade_engine.store.record import FORMAT, Record
 from cascade_engine.store.writer import PhaseWriter
 
@@ -103,7 +103,7 @@ def _build(folder: Path, record: Record) -> None:
     writer = PhaseWriter(folder, record, LocalFiles(), "commit")
     try:
         writer.make_all()
-        (folder / "commits" / "aside").mkdir()
+        aside_of(folder)
     finally:
         writer.abandon()
 

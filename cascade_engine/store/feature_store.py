@@ -20,7 +20,8 @@ from cascade_engine.store.creating import make_phase, make_store, read_root
 from cascade_engine.store.files import Files, LocalFiles
 from cascade_engine.store.ingest import Batch, check_batch
 from cascade_engine.store.layout import BUILT_IN, CHUNK_BYTES, check_columns, check_phase, check_views
-from cascade_engine.store.locking import take_lock
+from cascade_engine.store.locking import Lock
+from cascade_engine.store.opening import open_writer
 from cascade_engine.store.phase import Phase
 from cascade_engine.store.reading import StoreReader
 from cascade_engine.store.record import emptied, empty_record, read_record
@@ -36,7 +37,7 @@ class FeatureStore(StoreReader):
     Made by `create` and `open`.
     """
 
-    def __init__(self, path: Path, phase: str, writer: PhaseWriter | None, lock: int | None) -> None:
+    def __init__(self, path: Path, phase: str, writer: PhaseWriter | None, lock: Lock | None) -> None:
         self.path, self.phase = path, phase
         self._writer, self._lock = writer, lock
         self._snapshots: dict[str, Phase] = {}
@@ -131,22 +132,15 @@ class FeatureStore(StoreReader):
         default = read_root(root)
         name = phase or default
         folder = root / "phases" / check_phase(name)
-        record = read_record(folder)
         if mode == "r":
+            read_record(folder)
             return cls(root, name, None, None)
-        if record.sealed:
-            raise StoreError(f"phase {name!r} of {root}: sealed, nothing can be added")
+        writer, lock = open_writer(folder, f"phase {name!r} of {root}", files or LocalFiles(), durability)
         try:
-            lock = take_lock(folder / "commits" / "aside" / "writer.lock", f"phase {name!r} of {root}")
-        except OSError as error:
-            raise StoreError(f"{root}: cannot open for writing: {error.strerror}") from error
-        writer = PhaseWriter(folder, read_record(folder), files or LocalFiles(), durability)
-        try:
-            writer.recover()
             return cls(root, name, writer, lock)
         except BaseException:
             writer.abandon()
-            os.close(lock)
+            lock.release()
             raise
 
     def __enter__(self) -> Self:
@@ -366,20 +360,22 @@ class FeatureStore(StoreReader):
             self._snapshots.clear()
 
     def close(self) -> None:
-        """Publish what is pending and release the phase's lock; reading goes on."""
+        """Publish what is pending and release the phase's lock; reading goes on. In a forked process neither."""
         writer, lock = self._writer, self._lock
         self._writer, self._lock = None, None
         try:
-            if writer is not None:
-                writer.close()
+            if writer is not None and lock is not None:
+                writer.close() if lock.ours else writer.abandon()
         finally:
             self._snapshots.clear()
             if lock is not None:
-                os.close(lock)
+                lock.release()
 
     def _writing(self) -> PhaseWriter:
         if self._writer is None:
             raise StoreError(f"{self.path}: expected a store opened with mode='a', got one that is read-only or closed")
+        if self._lock is not None and not self._lock.ours:
+            raise StoreError(f"{self.path}: the process that this one was forked from writes it")
         return self._writer
 
     def _at(self, phase: str | None) -> Phase:

@@ -81,6 +81,13 @@ class LocalFiles:
             os.close(fd)
 
 
+def aside_of(phase: Path) -> Path:
+    """The folder of a phase for what is no Zarr, made where it is missing: copies without empty folders lack it."""
+    folder = phase / "commits" / "aside"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
 def write_whole(files: Files, path: Path, data: bytes, *, sync: bool) -> None:
     """Replace the file at `path` by one with `data`, atomically; durable where `sync`, its folder's entry aside."""
     files.rename(write_beside(files, path, data, sync=sync), path)

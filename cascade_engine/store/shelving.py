@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from cascade_engine.bank import Metric, Shelf
+from cascade_engine.store.files import aside_of
 from cascade_engine.store.mapping import is_mapped
 from cascade_engine.store.phase import Phase
 from cascade_engine.store.record import Record
@@ -28,6 +30,8 @@ def shelf_of(held: Phase, at: int | None, views: Iterable[str], metric: Metric, 
         return None
     if not all(len(each) and is_mapped(each) for each in features):
         return None
+    with suppress(OSError):  # a disk that refuses is said where the file is to be made
+        aside_of(held.folder)
     number = held.record.commit if at is None else at
     commit = held.log[number]
     # A number alone may come again: commits that power loss took back are made anew, with other rows.
