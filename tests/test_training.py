@@ -208,8 +208,10 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(tmp_path):
     assert losses(straight) == losses(resumed)
 
 
-def test_an_interruption_saves_the_step_and_stops(tmp_path):
-    config, count, before = small(tmp_path), iter(range(1, 1000)), signal.getsignal(signal.SIGINT)
+@pytest.mark.parametrize("keep", [0, 2])
+def test_an_interruption_saves_the_step_and_stops(tmp_path, keep):
+    config = small(tmp_path, output=replace(small(tmp_path).output, keep=keep))
+    count, before = iter(range(1, 1000)), signal.getsignal(signal.SIGINT)
 
     def report(_):
         if next(count) == 6:
@@ -231,6 +233,28 @@ def test_a_run_is_not_overwritten_nor_resumed_with_another_config(tmp_path):
         ce.train(config, cache=MovingSquares())
     with pytest.raises(InvalidInput, match="begun with another config"):
         ce.train(replace(config, seed=5), resume=True, cache=MovingSquares())
+
+
+def test_what_changes_no_weight_may_change_when_resuming(tmp_path):
+    straight = ce.train(small(tmp_path / "straight"), cache=MovingSquares())
+    config = small(tmp_path)
+    with pytest.raises(Crash):
+        ce.train(config, cache=MovingSquares(), report=crash_at(9))
+    output = replace(config.output, log_every=100, checkpoint_every=2, keep=1)
+    run = ce.train(
+        replace(config, output=output, data=replace(config.data, workers=1)), resume=True, cache=MovingSquares()
+    )
+    assert [row["step"] for row in run.metrics] == [1, 2, 3, 4, 5, 6, 7, 9, 12, 15], "logged by step, then by epoch"
+    assert [path.name for path in checkpoint.steps(run.checkpoints)] == ["step-000000013.pt"]
+    assert same(weights(run), weights(straight))
+    assert Run.open(run.folder).config == config, "the config that it was begun with stays"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it can be used here")
+def test_a_device_that_is_not_here_is_refused_before_a_run_is_made(tmp_path):
+    with pytest.raises(InvalidInput, match="device: 'cuda' cannot be used here: "):
+        ce.train(small(tmp_path, device="cuda"), cache=MovingSquares())
+    assert not (tmp_path / "run").exists()
 
 
 def turned(cache):

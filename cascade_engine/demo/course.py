@@ -94,9 +94,9 @@ def run_demo(options: DemoOptions, progress: Progress) -> Outcome:
 
 
 def _begun(course: TrainConfig) -> bool:
-    """Whether the demo's run is there and was begun with just this config."""
+    """Whether the demo's run is there and was begun with this config as it is."""
     folder = Path(course.output.runs) / course.name
-    return (folder / "config.toml").exists() and Run.open(folder).config == course
+    return (folder / "config.toml").exists() and Run.open(folder).config.course == course.course
 
 
 def _finetuned(run: Run, view: str, epochs: int, progress: Progress) -> Path:

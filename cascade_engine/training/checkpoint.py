@@ -67,6 +67,6 @@ def step_path(folder: Path, step: int) -> Path:
 
 
 def prune(folder: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints of steps."""
-    for path in steps(folder)[: -keep or None]:
+    """Delete all but the newest `keep` checkpoints of steps; the newest one stays, whatever `keep` is."""
+    for path in steps(folder)[: -max(1, keep)]:
         path.unlink(missing_ok=True)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Literal
+
+import torch
 
 from cascade_engine.errors import InvalidInput
 from cascade_engine.models.encoder import ENCODERS
 from cascade_engine.plan import PRESETS, CascadePlan, Keep, Stage
 from cascade_engine.training.settings import build, option, override, read_toml
 from cascade_engine.video.views import chosen_views
+
+SEEDS = 1 << 54  # so many; what is derived from one must fit torch's 64 bits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +30,11 @@ class DataConfig:
     train_split: str = option("train", "the videos trained on; '' for all")
     flow: Literal["dis", "farneback", "tvl1"] = option("dis", "how optical flow is computed")
     workers: int = option(0, "processes that prepare batches; the batches do not depend on their number")
+
+    def __post_init__(self) -> None:
+        """Refuse counts that are none."""
+        if self.size < 1 or self.workers < 0:
+            raise InvalidInput(f"expected size of at least 1, workers of at least 0, got {self.size}, {self.workers}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,9 +83,11 @@ class ModelConfig:
     )
 
     def __post_init__(self) -> None:
-        """Refuse an encoder that does not exist."""
+        """Refuse an encoder that does not exist, and an embedding of nothing."""
         if self.encoder not in ENCODERS:
             raise InvalidInput(f"encoder: expected one of {', '.join(ENCODERS)}, got {self.encoder!r}")
+        if self.dim < 1 or not 0 <= self.momentum <= 1:
+            raise InvalidInput(f"expected dim of at least 1 and momentum in [0, 1], got {self.dim}, {self.momentum}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +98,11 @@ class BankConfig:
     size: int = option(2048, "keys in the queue")
     momentum: float = option(0.5, "of an indexed bank's slots: v <- norm(m v + (1 - m) f)")
     dtype: Literal["float32", "float16", "bfloat16"] = option("float32", "the keys are kept in")
+
+    def __post_init__(self) -> None:
+        """Refuse a bank without slots, and slots that never move."""
+        if self.size < 1 or (self.kind == "indexed" and not 0 <= self.momentum < 1):
+            raise InvalidInput(f"expected size of at least 1, momentum in [0, 1), got {self.size}, {self.momentum}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,8 +122,10 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         """Refuse what is out of range, and own keys as siblings of themselves."""
-        if self.temperature <= 0:
+        if not 0 < self.temperature < math.inf:
             raise InvalidInput(f"temperature: expected a number above 0, got {self.temperature}")
+        if not isinstance(self.self_positive, str) and not 0 <= self.self_positive <= 1:
+            raise InvalidInput(f"self_positive: expected always, never or a probability, got {self.self_positive}")
         if self.in_batch and self.siblings != "ignore":
             raise InvalidInput(f"in_batch: expected siblings = 'ignore' beside it, got {self.siblings!r}")
 
@@ -124,17 +143,33 @@ class OptimConfig:
     compile: bool = option(False, "torch.compile the encoders")
     threads: int = option(0, "of torch on a CPU; 0: its own choice")
 
+    def __post_init__(self) -> None:
+        """Refuse what is out of range."""
+        if min(self.batch, self.accumulate) < 1 or min(self.weight_decay, self.clip_norm, self.threads) < 0:
+            raise InvalidInput(
+                "expected batch and accumulate of at least 1, weight_decay, clip_norm and threads of at least 0, got "
+                f"{self.batch}, {self.accumulate}, {self.weight_decay}, {self.clip_norm}, {self.threads}"
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class OutputConfig:
-    """What a run keeps, and how often."""
+    """What a run keeps, and how often; all of it may change when a run is resumed."""
 
     runs: str = option("runs", "folder of the run folders")
     log_every: int = option(10, "steps between rows of metrics.csv and TensorBoard")
     checkpoint_every: int = option(200, "steps between checkpoints")
-    keep: int = option(2, "checkpoints kept for resuming")
+    keep: int = option(2, "checkpoints kept for resuming; the newest always is")
     tensorboard: bool = option(True, "write TensorBoard events where tensorboard is installed")
     wandb: bool = option(False, "log to Weights & Biases; needs wandb installed")
+
+    def __post_init__(self) -> None:
+        """Refuse counts that are none."""
+        if min(self.log_every, self.checkpoint_every) < 1 or self.keep < 0:
+            raise InvalidInput(
+                "expected log_every and checkpoint_every of at least 1 and keep of at least 0, "
+                f"got {self.log_every}, {self.checkpoint_every}, {self.keep}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +199,7 @@ class PhaseConfig:
     def __post_init__(self) -> None:
         """Refuse what is out of range, and plans of views that the phase does not have."""
         counts = (self.top_k, self.bank_size, self.warmup)
-        if self.epochs < 1 or self.lr <= 0 or min(counts) < 0 or not 0 <= self.mine_from <= 1:
+        if self.epochs < 1 or not 0 < self.lr < math.inf or min(counts) < 0 or not 0 <= self.mine_from <= 1:
             raise InvalidInput(
                 "expected epochs of at least 1, lr above 0, top_k, bank_size and warmup of at least 0, mine_from in "
                 f"[0, 1], got {self.epochs}, {self.lr}, {', '.join(map(str, counts))}, {self.mine_from}"
@@ -204,7 +239,7 @@ class TrainConfig:
     """A training run."""
 
     name: str = option("run", "of the run's folder")
-    seed: int = option(0, "of every random draw")
+    seed: int = option(0, "of every random draw; at least 0")
     views: tuple[str, ...] = option(("rgb", "flow"), "what clips are shown as: rgb, flow, residual, motion_vectors")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
     data: DataConfig = field(default_factory=DataConfig)
@@ -218,7 +253,13 @@ class TrainConfig:
     phase: tuple[PhaseConfig, ...] = option((), "One phase a row, in order.")
 
     def __post_init__(self) -> None:
-        """Refuse views and phases which do not exist."""
+        """Refuse seeds, devices, views and phases which do not exist."""
+        if not 0 <= self.seed < SEEDS:
+            raise InvalidInput(f"seed: expected a number from 0 to {SEEDS - 1}, got {self.seed}")
+        try:
+            torch.device("cpu" if self.device == "auto" else self.device)
+        except RuntimeError:
+            raise InvalidInput(f"device: expected auto, cpu, cuda, cuda:1, ..., got {self.device!r}") from None
         try:
             chosen_views(self.views)
         except InvalidInput as error:
@@ -234,6 +275,11 @@ class TrainConfig:
         for number, phase in enumerate(self.phase, start=1):
             _check_phase(phase, f"phase.{number}", self, known)
             known[phase.name] = phase
+
+    @property
+    def course(self) -> TrainConfig:
+        """The config with defaults for what changes nothing that is trained: `output`, and `data.workers`."""
+        return replace(self, output=OutputConfig(), data=replace(self.data, workers=0))
 
 
 def _check_phase(phase: PhaseConfig, place: str, config: TrainConfig, known: dict[str, PhaseConfig]) -> None:

@@ -96,11 +96,20 @@ def train(
 
 
 def prepare(config: TrainConfig, world: World) -> torch.device:
-    """Set threads and seeds; the device to train on."""
+    """Set threads and seeds; the device to train on.
+
+    Raises:
+        InvalidInput: a device that is not here.
+    """
     if config.optim.threads:
         torch.set_num_threads(config.optim.threads)
     torch.manual_seed(config.seed)
     if config.device != "auto":
+        try:
+            torch.zeros(1, device=config.device)
+        except (RuntimeError, AssertionError) as error:  # torch asserts that it was compiled with CUDA
+            reason = str(error).partition("\n")[0]
+            raise InvalidInput(f"device: {config.device!r} cannot be used here: {reason}") from None
         return torch.device(config.device)
     if not torch.cuda.is_available():
         return torch.device("cpu")
@@ -114,10 +123,9 @@ def find(config: TrainConfig, *, resume: bool) -> Run | None:
         return None
     if not resume:
         raise InvalidInput(f"run: {folder} holds a run already; resume it, or give this one another name")
-    run = Run.open(folder)
-    if run.config != config:
+    if Run.open(folder).config.course != config.course:
         raise InvalidInput(f"resume: {folder} was begun with another config; give this run another name")
-    return run
+    return Run(folder, config)
 
 
 def begin(config: TrainConfig, cache: ClipCache, begun: Run | None, world: World) -> Run:
@@ -131,7 +139,7 @@ def begin(config: TrainConfig, cache: ClipCache, begun: Run | None, world: World
         if not run.phase_path(INITIAL).exists():
             make_initial(run)
     wait(world)
-    return begun or Run.open(folder)
+    return Run(folder, config)
 
 
 def train_phase(state: PhaseState, desk: Desk, device: torch.device) -> None:
