@@ -328,6 +328,22 @@ def test_grouped_appends_show_together(tmp_path, rng):
     assert np.array_equal(ce.FeatureStore.open(tmp_path / "s").features("rgb"), values)
 
 
+def test_a_store_sees_a_phase_it_seals_and_its_writer_refreshes_others(tmp_path, rng):
+    store, held = fill_store(tmp_path / "s", rng, 10)
+    two = store.new_phase("two")
+    assert store.count("two") == 0
+    two.append(held, **columns_of(np.arange(10)))
+    assert store.count("two") == 0, "a store keeps the commit it has seen"
+    store.refresh()
+    assert store.count("two") == 10
+    assert store.append({v: x[:1] for v, x in held.items()}, **columns_of(np.arange(10, 11))) == 1
+    two.append({v: x[:1] for v, x in held.items()}, **columns_of(np.arange(10, 11)))
+    two.close()
+    store.seal("two")
+    assert store.identity("two")[2:] == (3, True)
+    assert store.count("two") == store.rows == 11
+
+
 def test_a_reader_keeps_its_commit_until_it_refreshes(tmp_path, rng):
     writer, held = fill_store(tmp_path / "s", rng, rows=100)
     reader = ce.FeatureStore.open(tmp_path / "s")

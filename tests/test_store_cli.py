@@ -135,7 +135,8 @@ def test_gc_removes_what_crashes_leave_and_nothing_else(path):
     aside = f"new-999999999-{32 * 'a'}"
     left = [folder / "rgb/c.7.0", folder / "rgb/zarr.json.new", folder / "label-9", path.with_name(f"s.{aside}")]
     left.append(staging.folder(path) / f"main.a.{aside}")
-    others = [path.with_name(f"t.{aside}"), path.with_name("s.new-2"), path.with_name("s.new-model")]
+    others = [folder / "rgb/c.tmp", folder / "rgb/c.9.tmp"]
+    others += [path.with_name(f"t.{aside}"), path.with_name("s.new-2"), path.with_name("s.new-model")]
     for each in left[:2]:
         each.write_bytes(bytes(100))
     for each in left[2:] + others:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from cascade_engine.store.creating import left_aside, phase_names, read_root
 from cascade_engine.store.locking import take_lock
 from cascade_engine.store.record import Record, read_record
 from cascade_engine.store.shelving import superseded
+
+_CHUNK = re.compile(r"c\.([0-9]+)(\.[0-9]+)*")
 
 
 def clean(root: Path, *, dry_run: bool = False) -> list[tuple[Path, int]]:
@@ -57,12 +60,9 @@ def _past(folder: Path, record: Record) -> list[Path]:
             continue
         spec, length = record.arrays[each.name], record.tails[each.name].length
         first = -(-length // spec.chunk)
-        found += [file for file in each.glob("c.*") if int(file.name.split(".")[1]) >= first and _is_chunk(file)]
+        chunks = [(file, _CHUNK.fullmatch(file.name)) for file in each.glob("c.*")]
+        found += [file for file, match in chunks if match and int(match[1]) >= first]
     return found
-
-
-def _is_chunk(file: Path) -> bool:
-    return all(part.isdigit() for part in file.name.split(".")[1:])
 
 
 def _bytes(path: Path) -> int:

@@ -308,6 +308,7 @@ class FeatureStore(StoreReader):
         if phase is not None and phase != self.phase:
             with FeatureStore.open(self.path, mode="a", phase=phase) as other:
                 other.seal()
+            self._snapshots.pop(phase, None)
             return
         writer = self._writing()
         writer.pending = replace(writer.pending, sealed=True)
@@ -355,9 +356,8 @@ class FeatureStore(StoreReader):
         return FeatureStore.open(self.path, mode="a", phase=name, durability=durability)
 
     def refresh(self) -> None:
-        """Move a reader on to the last commit."""
-        if self._writer is None:
-            self._snapshots.clear()
+        """Move on to the last commit of every phase; a writer's own is always at that."""
+        self._snapshots = {} if self._writer is None else {self.phase: self._at(None)}
 
     def close(self) -> None:
         """Publish what is pending and release the phase's lock; reading goes on. In a forked process neither."""
