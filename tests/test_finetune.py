@@ -100,6 +100,7 @@ def test_a_test_takes_the_crops_that_its_config_asks_for(tuned):
     assert judge([tuned, wanted]).settings["crops"] == 1
 
 
+@pytest.mark.filterwarnings("error:No complete tensor")
 def test_the_exported_two_stream_model_labels_the_files_as_the_live_one_does(run, tuned, tmp_path):
     """From files through decoding, views and the graph, against the cache and the live modules."""
     other = finetune(run, FinetuneConfig(view="residual", layers="head", epochs=1, batch=8))

@@ -196,7 +196,10 @@ def save(classifier: Classifier, signature: Signature, path: str | Path) -> Path
         with torch.no_grad():
             if target.suffix == ".pt2":
                 program = torch.export.export(classifier, sample, dynamic_shapes=shapes)
-                torch.export.save(program, partial, extra_files={_ENTRY: described.to_json()})
+                with warnings.catch_warnings():
+                    # weights whose channels lie last are not "complete"; they are stored whole, order and all
+                    warnings.filterwarnings("ignore", "No complete tensor", UserWarning)
+                    torch.export.save(program, partial, extra_files={_ENTRY: described.to_json()})
             else:
                 _save_onnx(classifier, sample, shapes, described, partial)
         partial.replace(target)
