@@ -58,7 +58,7 @@ class ClipCache:
     """
 
     def __init__(self, folder: Path, options: Options, state: Mapping[str, Any]) -> None:
-        self.folder, self.options = folder, options
+        self.folder, self.options, self._state = folder, options, state
         entries = [{**entry, "path": Path(entry["path"])} for entry in state["entries"]]
         self.index = VideoIndex([VideoEntry(**entry) for entry in entries])
         self.failed = [(Path(path), str(reason)) for path, reason in state["failed"]]
@@ -72,8 +72,8 @@ class ClipCache:
         self._time = _mapped(folder / "time.bin", np.dtype("<f8"), (total,))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Another process opens the folder anew."""
-        return (ClipCache.open, (self.folder,))
+        """Another process maps the files anew, for these videos: the folder may have been built for others since."""
+        return (ClipCache, (self.folder, self.options, self._state))
 
     def __len__(self) -> int:
         """Number of rows: all videos of the index, failed ones included."""
