@@ -354,10 +354,13 @@ def test_a_phase_may_have_a_bank_of_its_own_size(tmp_path):
     assert sizes["rgb-1"][:3] == [0.5, 1.0, 1.0]
 
 
+INDEXED = BankConfig(kind="indexed")
+
+
 @pytest.mark.parametrize(
-    "bank", [BankConfig(size=16), BankConfig(size=37), BankConfig(size=40), BankConfig(kind="indexed")]
+    ("bank", "mine_from"),
+    [(BankConfig(size=16), 0), (BankConfig(size=37), 0.55), (BankConfig(size=40), 1), (INDEXED, 0.55), (INDEXED, 1)],
 )
-@pytest.mark.parametrize("mine_from", [0.0, 0.55, 1.0])
 def test_when_mining_begins_is_known_before(tmp_path, bank, mine_from):
     phases = (PHASES[0], replace(PHASES[1], mine_from=mine_from))
     config = small(tmp_path, bank=bank, phase=phases)
