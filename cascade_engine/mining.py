@@ -74,7 +74,7 @@ def mine(
     checked, rows = _queries(plan, queries, bank)
     request = MineRequest(
         plan=plan,
-        counts=plan.counts(bank.size),
+        counts=_counts(plan, bank.size),
         queries=checked,
         bank=bank,
         exclude=_exclusion(exclude, rows, bank.size, bank),
@@ -119,7 +119,7 @@ def select(
     rows, keys = shape or (0, 0)
     request = SelectRequest(
         plan=plan,
-        counts=plan.counts(keys),
+        counts=_counts(plan, keys),
         similarities=checked,
         exclude=_exclusion(exclude, rows, keys, None),
         trace=trace,
@@ -190,6 +190,11 @@ def _keep_mutual(index: Host, similarity: Host) -> tuple[Host, Host]:
     index = np.where(there, np.take_along_axis(index, order, 1), -1)
     similarity = np.where(there, np.take_along_axis(similarity, order, 1), np.float32(-np.inf))
     return index, similarity
+
+
+def _counts(plan: CascadePlan, keys: int) -> tuple[int, ...]:
+    """What each stage can keep at most: a plan may ask for more than there is."""
+    return tuple(min(count, keys) for count in plan.counts(keys))
 
 
 def _concatenate(parts: list[Host], empty: tuple[int, int], dtype: Any) -> Host:

@@ -23,6 +23,7 @@ RRF_OFFSET = 60  # reciprocal rank fusion's constant: Cormack, Clarke, Buettcher
 
 _VIEW = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")
 _COUNT = re.compile(r"[0-9]+")
+_LONGEST = 100  # digits of a number
 _NUMBER = re.compile(r"[0-9]+(?:\.[0-9]+)?")
 
 
@@ -356,6 +357,8 @@ class _Parser:
         share = self.accept("%")
         if not share and (previous or not _COUNT.fullmatch(number)):
             raise self.fail("'%'")
+        if len(number) > _LONGEST:
+            raise self.fail(f"a number of at most {_LONGEST} digits", start)
         amount = Fraction(number)
         if share and not 0 < amount <= 100:
             raise self.fail("a percentage in (0, 100]", start)

@@ -122,7 +122,12 @@ class KeyQueue:
         given = {name: -1 if value is None else value for name, value in columns.items()}
         targets = {name: _host_of(values) for name, values in storage.items()}
         batch = {name: _assignable(value, targets[name], name) for name, value in (*units.items(), *given.items())}
-        for slots, taken in self._pieces(rows):
+        pieces = self._pieces(rows)
+        if len(pieces) > 1:  # the first would overwrite what the second takes of the queue's own keys
+            for name, values in batch.items():
+                if not isinstance(values, int) and np.may_share_memory(values, targets[name]):
+                    batch[name] = values.copy()
+        for slots, taken in pieces:
             for name, values in batch.items():
                 targets[name][slots] = values if isinstance(values, int) else values[taken]
         if is_torch(next(iter(storage.values()))):
@@ -217,19 +222,23 @@ class KeyQueue:
         for name, mine in (("size", self.size), ("dims", self.dims), ("dtype", self.dtype)):
             if state.get(name) != mine:
                 raise InvalidInput(f"state: expected {name} {mine}, got {state.get(name)}")
+        filled, cursor, pushed = (_counter(state, name) for name in ("filled", "cursor", "pushed"))
+        if filled > self.size or cursor >= max(1, self.size) or (filled < self.size and cursor != filled):
+            raise InvalidInput(f"state: expected a queue of {self.size}, got {filled} keys filled and the next at {cursor}")
         saved: Mapping[str, Any] = state.get("storage", {})
-        if saved or state.get("filled"):
+        if saved or filled:
             storage = self._storage or self._allocated(next(iter(saved.values()), None))
             for name, values in storage.items():
                 if name not in saved or tuple(saved[name].shape) != tuple(values.shape):
                     got = tuple(saved[name].shape) if name in saved else "nothing"
                     raise InvalidInput(f'state["storage"]: expected {tuple(values.shape)} of {name!r}, got {got}')
+            given = {name: _assignable(saved[name], values, name) for name, values in storage.items()}
             for name, values in storage.items():
-                values[:] = _assignable(saved[name], values, name)
+                values[:] = given[name]
             self._storage = storage
-        self.filled, self.cursor = state["filled"], state["cursor"]
+        self.filled, self.cursor = filled, cursor
         self._prepared, self._full = Prepared(), None
-        self.pushed = max(self.pushed, state["pushed"]) + 1
+        self.pushed = max(self.pushed, pushed) + 1
         self._overwritten_at = self.pushed
 
     def _checked(self, keys: Mapping[str, Array]) -> tuple[dict[str, Any], int]:
@@ -322,6 +331,13 @@ def _tell_autograd(changed: Iterable[Any]) -> None:
     for values in changed:
         if not values.is_inference():
             torch.autograd.graph.increment_version(values)
+
+
+def _counter(state: Mapping[str, Any], name: str) -> int:
+    value = state.get(name)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise InvalidInput(f"state: expected {name} as a count, got {value!r}")
+    return value
 
 
 def _assignable(value: Any, target: Any, name: str) -> Any:

@@ -36,6 +36,16 @@ def same(a, b):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("count", [10**12, 10**20])
+def test_a_stage_may_ask_for_more_than_there_is(backend, count):
+    bank = ce.Bank({"rgb": np.eye(9, 4, dtype=np.float32), "flow": np.eye(9, 3, dtype=np.float32)})
+    queries = {"rgb": np.ones((2, 4), np.float32), "flow": np.ones((2, 3), np.float32)}
+    for trace in (False, True):
+        got = ce.mine(parse(f"rgb:{count},flow:5"), queries, bank, trace=trace, backend=backend)
+        same(got, ce.mine(parse("rgb:9,flow:5"), queries, bank, trace=trace, backend=backend))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @given(problems, st.integers(1, 12))
 @settings(max_examples=25)
 def test_the_laws_of_stages(backend, drawn, k):

@@ -93,6 +93,7 @@ ERRORS = {
     "sum(rgb,flow:5": (13, "',' or ')'", "':'"),
     "flow:5,,rgb:1": (8, "a view", "','"),
     "flow:5 5": (8, "',' or the end", "'5'"),
+    "flow:" + "9" * 5000: (6, "a number of at most 100 digits", "'9'"),
 }
 
 

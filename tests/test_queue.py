@@ -175,7 +175,21 @@ def test_bad_queues_are_refused(arguments, message):
 
 
 @pytest.mark.parametrize(
-    "change", [{"size": 5}, {"dims": {"rgb": 3}}, {"dtype": "float16"}, {"storage": {}}, {"storage": None}]
+    "change",
+    [
+        {"size": 5},
+        {"dims": {"rgb": 3}},
+        {"dtype": "float16"},
+        {"storage": {}},
+        {"storage": None},
+        {"cursor": None},
+        {"cursor": 7},
+        {"cursor": 1.0},
+        {"cursor": 3},
+        {"filled": 99},
+        {"filled": -1},
+        {"pushed": None},
+    ],
 )
 def test_a_state_of_another_queue_is_refused_and_nothing_changes(change):
     queue = ce.KeyQueue(4, DIMS)
@@ -184,9 +198,24 @@ def test_a_state_of_another_queue_is_refused_and_nothing_changes(change):
     if state["storage"] is None:
         state["storage"] = {"rgb": np.zeros((4, 3), np.float32), "flow": np.zeros((9, 2), np.float32)}
     other = ce.KeyQueue(4, DIMS)
+    other.push({view: 9 + keys for view, keys in one().items()}, [3, 4])
+    shown = other.bank()
+    before = {view: keys.copy() for view, keys in shown.keys.items()}
     with pytest.raises(InvalidInput, match="expected"):
         other.load_state_dict(state)
-    assert len(other.bank()) == 0
+    shown.ensure_fresh()
+    assert all((shown.keys[view] == keys).all() for view, keys in before.items())
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_a_queue_takes_its_own_keys_again(framework):
+    queue = ce.KeyQueue(5, DIMS, device="cpu" if framework == "torch" else None)
+    queue.push({view: rows(range(8), width, "float32", framework) for view, width in DIMS.items()}, list(range(8)))
+    shown = number_of(queue.bank().keys["rgb"])
+    queue.push(dict(queue.bank().keys), list(range(5)))  # from the cursor on, around the end
+    again = number_of(queue.bank().keys["rgb"])
+    assert queue.cursor != 0
+    assert again == np.roll(shown, queue.cursor).tolist()
 
 
 def test_a_push_without_video_ids_is_refused():
