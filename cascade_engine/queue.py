@@ -224,7 +224,9 @@ class KeyQueue:
                 raise InvalidInput(f"state: expected {name} {mine}, got {state.get(name)}")
         filled, cursor, pushed = (_counter(state, name) for name in ("filled", "cursor", "pushed"))
         if filled > self.size or cursor >= max(1, self.size) or (filled < self.size and cursor != filled):
-            raise InvalidInput(f"state: expected a queue of {self.size}, got {filled} keys filled and the next at {cursor}")
+            raise InvalidInput(
+                f"state: expected a queue of {self.size}, got {filled} keys filled and the next at {cursor}"
+            )
         saved: Mapping[str, Any] = state.get("storage", {})
         if saved or filled:
             storage = self._storage or self._allocated(next(iter(saved.values()), None))
