@@ -36,10 +36,13 @@ def moving(frames=12, height=64, width=96, step=(2, 0), seed=0):
     return np.repeat(np.stack(shots)[..., None], 3, axis=-1)
 
 
-def write(path, pictures, *, fps=25, codec="libx264", pix_fmt="yuv420p", times=None, options=None, aspect=1):
+def write(
+    path, pictures, *, fps=25, codec="libx264", pix_fmt="yuv420p", times=None, options=None, aspect=1, hold=0, sound=0
+):
     """Encode (T, H, W, 3) uint8 pictures; `times` gives each frame's tick of 1/1000 s instead of a constant rate.
 
-    `aspect` is the width of a pixel to its height.
+    `aspect` is the width of a pixel to its height; `hold` the seconds that the last packet's picture stays, `sound`
+    those of a tone, which starts at 0.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -50,24 +53,34 @@ def write(path, pictures, *, fps=25, codec="libx264", pix_fmt="yuv420p", times=N
         stream.codec_context.sample_aspect_ratio = aspect
         if times is not None:
             stream.codec_context.time_base = Fraction(1, 1000)
+        tone = out.add_stream("aac", rate=16000) if sound else None
+        packets = []
         for number, picture in enumerate(pictures):
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
             if times is not None:
                 frame.pts, frame.time_base = times[number], Fraction(1, 1000)
-            out.mux(stream.encode(frame))
-        out.mux(stream.encode(None))
+            packets += stream.encode(frame)
+        packets += stream.encode(None)
+        if hold:
+            packets[-1].duration = int(hold / packets[-1].time_base)
+        out.mux(packets)
+        if tone is not None:
+            _hum(out, tone, sound)
     return path
+
+
+def _hum(out, stream, seconds):
+    wave = (np.sin(np.arange(int(16000 * seconds)) / 10) * 0.3).astype(np.float32)[None]
+    frame = av.AudioFrame.from_ndarray(wave, format="fltp", layout="mono")
+    frame.sample_rate = 16000
+    out.mux(stream.encode(frame))
+    out.mux(stream.encode(None))
 
 
 def audio_only(path):
     """Half a second of a sine wave and no picture."""
     with av.open(str(path), "w") as out:
-        stream = out.add_stream("aac", rate=16000)
-        wave = (np.sin(np.arange(8192) / 10) * 0.3).astype(np.float32)[None]
-        frame = av.AudioFrame.from_ndarray(wave, format="fltp", layout="mono")
-        frame.sample_rate = 16000
-        out.mux(stream.encode(frame))
-        out.mux(stream.encode(None))
+        _hum(out, out.add_stream("aac", rate=16000), 0.512)
     return Path(path)
 
 

@@ -1,5 +1,7 @@
 """Decoding: what comes out of good files, and what each kind of bad file says."""
 
+import re
+
 import films
 import numpy as np
 import pytest
@@ -111,6 +113,40 @@ def test_a_truncated_video_is_read_as_far_as_it_goes(tmp_path, ending):
     if ending != "ts":  # a transport stream announces no length
         assert part.problem is not None
     assert np.array_equal(part.rgb[:10], whole.rgb[:10])
+
+
+@pytest.mark.parametrize("ending", ["mkv", "webm", "mp4", "mov"])
+@pytest.mark.parametrize(("late", "sound"), [(1000, 4), (5000, 0)])
+def test_a_video_that_starts_late_is_whole_and_as_long_as_its_picture(tmp_path, ending, late, sound):
+    kind = {"codec": "libvpx"} if ending == "webm" else {"sound": sound}
+    times = [late + 100 * frame for frame in range(30)]
+    path = films.write(tmp_path / f"late.{ending}", films.moving(30), fps=10, times=times, **kind)
+    frames = read_frames(path, size=32)
+    assert frames.problem is None
+    np.testing.assert_allclose(frames.time, np.arange(30) / 10, atol=1e-9)
+    assert probe(path).duration == pytest.approx(3, abs=0.01)
+
+
+@pytest.mark.parametrize("writer", ["libavformat", "mkvmerge"])
+def test_a_matroska_that_starts_late_and_is_cut_off_is_noted(tmp_path, writer):
+    times = [5000 + 100 * frame for frame in range(30)]
+    path = films.write(tmp_path / "late.mkv", films.moving(30), fps=10, times=times, options={"g": "5"})
+    data = path.read_bytes()
+    if writer == "mkvmerge":  # which calls the length of a track its duration, not the time of its end
+        data = data.replace(b"Lavf", b"libe").replace(b"00:00:08.000000000", b"00:00:03.000000000")
+        path.write_bytes(data)
+        assert read_frames(path, size=32).problem is None
+    assert probe(path).duration == pytest.approx(3, abs=0.01)
+    path.write_bytes(data[: len(data) * 6 // 10])
+    assert re.match(r"ends after [012]\.\d\d of 3\.00 s", read_frames(path, size=32).problem)
+
+
+@pytest.mark.parametrize("ending", ["mkv", "mp4", "mov", "gif"])
+def test_a_last_picture_that_stays_is_no_missing_end(tmp_path, ending):
+    kind = {"codec": "gif", "pix_fmt": "rgb8"} if ending == "gif" else {"options": {"bf": "0"}}
+    path = films.write(tmp_path / f"still.{ending}", films.moving(20), hold=5, **kind)
+    assert probe(path).duration == pytest.approx(5.76, abs=0.05)
+    assert read_frames(path, size=32).problem is None
 
 
 def test_damage_in_the_middle_is_flagged_and_the_rest_is_read(tmp_path):

@@ -157,11 +157,11 @@ class VideoReader:
             raise InvalidInput(f"start, end: expected 0 <= start < end in seconds, got {start}, {end}")
         assert self.size is not None, "a reader opened to probe has no frame size"
         decoded = taken = 0
-        last = -math.inf
+        shown = 0.0
         ended = False
         for frame, time in self._from(start):
             decoded += 1
-            last = time
+            shown = time + self._stays(frame)
             # Half a millisecond of tolerance: seconds written as decimals must not lose or double a frame.
             if time < start - 0.5e-3:
                 continue
@@ -173,7 +173,7 @@ class VideoReader:
         if taken == 0:
             raise VideoError(self._nothing(decoded, start, end))
         if not ended:
-            self._check_end(last)
+            self._check_end(shown)
 
     def _nothing(self, decoded: int, start: float, end: float | None) -> str:
         if decoded == 0:
@@ -242,27 +242,34 @@ class VideoReader:
             self.problem = problem
             log.warning("%s: %s", self.path, problem)
 
-    def _check_end(self, last: float) -> None:
+    def _stays(self, frame: VideoFrame) -> float:
+        """Seconds that a picture is shown: those it tells, but at least those of the average one."""
+        told = float(frame.duration * frame.time_base) if frame.duration and frame.time_base else 0.0
+        return max(told, 1 / self.fps)
+
+    def _check_end(self, shown: float) -> None:
         """Note a video that stops well before the length it announces (a download or recording cut off)."""
         announced = self._announced()
-        if announced is not None and last + 1 / self.fps < announced - max(0.5, 3 / self.fps):
-            self._note(f"ends after {last + 1 / self.fps:.2f} of {announced:.2f} s")
+        if announced is not None and shown < announced - max(0.5, 3 / self.fps):
+            self._note(f"ends after {shown:.2f} of {announced:.2f} s")
 
     def _announced(self) -> float | None:
         """Seconds of picture the file announces, None where it does not say (or speaks of its sound, too)."""
         stream = self._stream
-        if stream.duration and stream.time_base:
-            return float(stream.duration * stream.time_base)
-        told = stream.metadata.get("DURATION", "")  # Matroska: "00:00:02.133000000"
-        parts = told.split(":")
-        if len(parts) == 3:
-            try:
-                return int(parts[0]) * 3600 + int(parts[1]) * 60 + float(parts[2])
-            except ValueError:
-                return None
-        if self._container.duration and len(self._container.streams) == 1:
-            return self._container.duration / av.time_base
-        return None
+        base = float(stream.time_base or 0)
+        if stream.duration and base:
+            return stream.duration * base
+        told = _clock(stream.metadata.get("DURATION", ""))  # Matroska's
+        if told is None and self._container.duration and len(self._container.streams) == 1:
+            told = self._container.duration / av.time_base
+        if told is not None and self._announces_end():
+            told -= (stream.start_time or 0) * base
+        return told
+
+    def _announces_end(self) -> bool:
+        """Whether what Matroska calls a duration is the time of the end: mkvmerge writes lengths, libavformat ends."""
+        told = {key.lower(): value for key, value in self._container.metadata.items()}
+        return "matroska" in self._container.format.name and told.get("encoder", "").startswith("Lavf")
 
     def _convert(self, frame: VideoFrame, time: float) -> Frame:
         """Scale, turn and cut one picture."""
@@ -329,6 +336,16 @@ class VideoReader:
             self._note(f"damaged data was skipped ({_reason(error)})")
             return None
         return frames[0] if frames else None
+
+
+def _clock(text: str) -> float | None:
+    """The seconds of "00:00:02.133000000", None where it is no such text."""
+    parts = text.split(":")
+    try:
+        hours, minutes, seconds = int(parts[0]), int(parts[1]), float(parts[2])
+    except (ValueError, IndexError):
+        return None
+    return hours * 3600 + minutes * 60 + seconds
 
 
 def _reason(error: BaseException) -> str:
