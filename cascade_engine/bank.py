@@ -57,6 +57,10 @@ class Prepared:
         self._overwritten: dict[object, list[tuple[int, int]]] = {}
         self._lock = threading.Lock()
 
+    def __reduce__(self) -> tuple[type[Prepared], tuple[()]]:
+        """As nothing made: it is made again where it is needed."""
+        return Prepared, ()
+
     def get(self, purpose: object, make: Callable[[], T]) -> T:
         """What `make` returned for `purpose`, made once and up to date; safe to call from several threads."""
         with self._lock:
@@ -161,6 +165,21 @@ class Bank:
         shapes = ", ".join(f"{view}: {tuple(keys.shape)} {dtype_name(keys)}" for view, keys in self.keys.items())
         return f"Bank({shapes}, metric={self.metric!r}, device={self.device!r})"
 
+    def __copy__(self) -> Bank:
+        """The same keys, and the same guard."""
+        other = object.__new__(Bank)
+        other.__dict__.update(self.__dict__)
+        return other
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickling and deep copies, whose keys are their own: nothing overwrites them, nothing is prepared.
+
+        Raises:
+            StaleBank: the queue that this bank is a snapshot of has overwritten it since.
+        """
+        self.ensure_fresh()
+        return {**self.__dict__, "_guard": None}
+
     def host_keys(self, view: str) -> Host:
         """One view's keys as a NumPy matrix (K, D) that shares their memory."""
         return to_host(self.keys[view], f'keys["{view}"]')
@@ -171,8 +190,8 @@ class Bank:
 
     def guarded(self, guard: Callable[[], None]) -> Bank:
         """The same bank, nothing checked anew, whose `ensure_fresh` calls `guard`."""
-        other = object.__new__(Bank)
-        other.__dict__.update(self.__dict__, _guard=guard)
+        other = self.__copy__()
+        other._guard = guard
         return other
 
     def ensure_fresh(self) -> None:

@@ -198,6 +198,10 @@ class KeyQueue:
             self._full = bank
         return bank
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickling and deep copies, without the snapshot kept, whose guard asks this queue."""
+        return {**self.__dict__, "_full": None}
+
     def state_dict(self) -> dict[str, Any]:
         """Everything `load_state_dict` needs, keys included, as copies."""
         storage = {

@@ -1,6 +1,8 @@
 """The key queue against a model: a list that keeps the newest keys."""
 
+import copy
 import math
+import pickle
 
 import ml_dtypes
 import numpy as np
@@ -205,6 +207,29 @@ def test_a_state_of_another_queue_is_refused_and_nothing_changes(change):
         other.load_state_dict(state)
     shown.ensure_fresh()
     assert all((shown.keys[view] == keys).all() for view, keys in before.items())
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))])
+def test_queues_and_banks_are_copied_with_keys_of_their_own(framework, again):
+    queue = ce.KeyQueue(4, DIMS, device="cpu" if framework == "torch" else None)
+    push = {view: rows(range(4), width, "float32", framework) for view, width in DIMS.items()}
+    queue.push(push, [1, 2, 3, 4])
+    plan, queries = ce.CascadePlan.parse("rgb:2"), {"rgb": push["rgb"]}
+    shown = queue.bank()
+    want = np.asarray(ce.mine(plan, queries, shown, backend="cpu").index)  # prepares what cannot be copied
+    other, bank = again(queue), again(shown)
+    other.push({view: keys[:1] + 50 for view, keys in push.items()}, [9])
+    shown.ensure_fresh()
+    queue.push({view: keys[:1] + 50 for view, keys in push.items()}, [9])
+    with pytest.raises(StaleBank):
+        shown.ensure_fresh()
+    with pytest.raises(StaleBank):
+        again(shown)
+    with pytest.raises(StaleBank):
+        copy.copy(shown).ensure_fresh()
+    assert (np.asarray(ce.mine(plan, queries, bank, backend="cpu").index) == want).all()
+    assert number_of(other.bank().keys["rgb"]) == number_of(queue.bank().keys["rgb"])
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
