@@ -14,7 +14,7 @@ from cascade_engine.errors import InvalidInput
 from cascade_engine.mining import Positives, mine
 from cascade_engine.nce import SIBLINGS, nce, nce_now
 from cascade_engine.plan import CascadePlan
-from cascade_engine.tensor import device_of, dtype_name, is_torch, like, to_host
+from cascade_engine.tensor import device_of, dtype_name, id_vector, is_torch, like, to_host
 from cascade_engine.tracing import phase
 
 Reduction = Literal["logsumexp", "mean_log"]
@@ -125,7 +125,7 @@ def _known(
     """Check the arguments. Waits for no GPU."""
     bank.ensure_fresh()
     keys = _keys(query, key, bank, view)
-    index = _on(positives.index, query, "positives.index", torch.int64)
+    index = _on(positives.index, query, "positives.index")
     if index.ndim != 2 or len(index) != len(query):
         raise InvalidInput(f"positives.index: expected ({len(query)}, k) int64, got {tuple(index.shape)}")
     if query_video_id is None:
@@ -133,10 +133,10 @@ def _known(
     else:
         if bank.video_id is None:
             raise InvalidInput("query_video_id: expected a bank with video_id to know siblings, got a bank without")
-        query_video = _on(query_video_id, query, "query_video_id", torch.int64)
+        query_video = _on(query_video_id, query, "query_video_id", ids=len(query))
         if query_video.shape != (len(query),):
             raise InvalidInput(f"query_video_id: expected ({len(query)},) integers, got {tuple(query_video.shape)}")
-        key_video = _on(bank.video_id, query, "bank.video_id", torch.int64)
+        key_video = _on(bank.video_id, query, "bank.video_id", ids=len(bank))
     return _Known(keys, index, query_video, key_video)
 
 
@@ -165,16 +165,16 @@ def _described(value: Tensor) -> str:
     return f"{tuple(value.shape)} {dtype_name(value)} on {value.device}"
 
 
-def _on(value: Any, query: Tensor, name: str, dtype: torch.dtype) -> Tensor:
-    """`value` as a tensor on the query's device."""
-    if is_torch(value) and value.dtype == dtype and value.device == query.device:
+def _on(value: Any, query: Tensor, name: str, *, ids: int | None = None) -> Tensor:
+    """Integers as an int64 tensor on the query's device; `ids` says that they are so many ids."""
+    if is_torch(value) and value.dtype == torch.int64 and value.device == query.device:
         return value
     if not is_torch(value):
-        array = to_host(value, name)
-        value = like(array, query) if array.dtype.kind in "biu" else array
+        array = to_host(value, name) if ids is None else id_vector(value, name, ids)
+        value = like(array, query) if array.dtype.kind in "iu" else array
     if not is_torch(value) or value.is_floating_point() or value.is_complex():
         raise InvalidInput(f"{name}: expected integers, got {dtype_name(value)}")
-    return value.to(query.device, dtype)
+    return value.to(query.device, torch.int64)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]

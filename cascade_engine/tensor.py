@@ -80,11 +80,16 @@ def like(result: Host, template: object) -> Any:
 
 
 def shared(array: Host) -> torch.Tensor:
-    """A tensor on the CPU of an array's memory; where that is read-only, as a mapped store's, only to be read."""
+    """A tensor on the CPU of an array's memory; where that is read-only, as a mapped store's, only to be read.
+
+    An array that tensors have no layout for (steps backwards or between elements, foreign byte order) is copied.
+    """
     import torch
 
     if array.dtype == BFLOAT16:
         return shared(array.view(np.int16)).view(torch.bfloat16)
+    if not array.dtype.isnative or any(step < 0 or step % array.itemsize for step in array.strides):
+        array = np.array(array, array.dtype.newbyteorder("="), order="C")
     return torch.from_numpy(array if array.flags.writeable else np.asarray(_Unlocked(array)))
 
 

@@ -273,6 +273,33 @@ def test_numpy_banks_ids_and_positives_work(bank_of):
     torch.testing.assert_close(got, dense(query, key, keys, index, own_video=(own, other)))
 
 
+LAYOUTS = {
+    "backwards": lambda x: x[::-1].copy()[::-1],
+    "mirrored": lambda x: x[:, ::-1].copy()[:, ::-1],
+    "big-endian": lambda x: x.astype(x.dtype.newbyteorder(">")),
+}
+LAID_OUT = [("keys", "backwards"), ("keys", "mirrored")]
+LAID_OUT += itertools.product(("positives", "bank ids", "query ids"), ("backwards", "big-endian"))
+
+
+@pytest.mark.parametrize(("which", "layout"), LAID_OUT)
+def test_numpy_of_any_layout_gives_the_same_loss(which, layout):
+    query, key, keys, index, own, other = problem(4, 30, 6, 2)
+    given = {"keys": keys.numpy(), "positives": index.numpy(), "bank ids": other.numpy(), "query ids": own.numpy()}
+    given[which] = LAYOUTS[layout](given[which])
+    bank = ce.Bank({"rgb": given["keys"]}, video_id=given["bank ids"])
+    positives = ce.Positives(index=given["positives"], similarity=None)
+    got = ce.multi_positive_nce(query, key, bank, positives, query_video_id=given["query ids"])
+    torch.testing.assert_close(got, dense(query, key, keys, index, own_video=(own, other)))
+
+
+def test_no_queries_may_have_no_ids():
+    query, key, keys, index, _, other = problem(0, 30, 6, 2)
+    bank = ce.Bank({"rgb": keys}, video_id=other)
+    assert ce.mine(ce.CascadePlan.parse("rgb:2"), {"rgb": query.float()}, bank, []).index.shape == (0, 2)
+    assert ce.multi_positive_nce(query, key, bank, found(index), query_video_id=[]) == 0
+
+
 @pytest.mark.parametrize("kind", ["float32", "float16", "bfloat16"])
 def test_a_store_s_arrays_that_cannot_be_written_to_need_no_warning(kind):
     query, key, keys, index, own, other = problem(4, 30, 6, 2)
@@ -475,7 +502,8 @@ BAD = {
     "self drawn": ({"self_positive": torch.ones(2, dtype=torch.bool)}, r"self_positive: expected \(3,\) bool"),
     "ids": ({"query_video_id": torch.zeros(2, dtype=torch.int64)}, r"query_video_id: expected \(3,\)"),
     "ids type": ({"query_video_id": torch.zeros(3)}, "query_video_id: expected integers"),
-    "ids of names": ({"query_video_id": ["a", "b", "c"]}, "query_video_id: expected integers, got <U1"),
+    "ids of names": ({"query_video_id": ["a", "b", "c"]}, r"query_video_id: expected \(3,\) integers, got \(3,\) <U1"),
+    "ids that are bool": ({"query_video_id": [True] * 3}, r"query_video_id: expected \(3,\) integers, got \(3,\) bool"),
 }
 
 

@@ -47,6 +47,25 @@ def test_what_cannot_be_written_to_is_shared_without_a_warning(kind, cut):
     assert torch.equal(found.float(), torch.from_numpy(values[cut]))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("cut", [np.s_[::-1], np.s_[:, ::-1], np.s_[::-2, 1:], np.s_[:1:-1]], ids=str)
+def test_what_runs_backwards_becomes_a_tensor_of_the_same_values(kind, cut):
+    host = np.arange(12, dtype=np.float32).reshape(4, 3).astype(tensor.FEATURE_DTYPES[kind])
+    found = tensor.shared(host[cut])
+    assert found.dtype == KINDS[kind]
+    assert found.tolist() == host[cut].tolist()
+
+
+def test_what_tensors_have_no_layout_for_becomes_one_of_the_same_values():
+    ids = np.array([3, -1, 1 << 40])
+    fields = np.zeros(3, np.dtype([("flag", np.int8), ("id", np.int64)]))
+    fields["id"] = ids
+    for array in (ids.astype(">i8"), fields["id"]):
+        found = tensor.shared(array)
+        assert found.dtype == torch.int64
+        assert found.tolist() == ids.tolist()
+
+
 def test_a_transposed_bfloat16_tensor_keeps_its_values():
     given = torch.randn(4, 6).bfloat16().T
     host = tensor.to_host(given, "x")
