@@ -308,8 +308,8 @@ def test_what_is_no_cache_says_so(tmp_path, whole):
 
 
 def test_bad_arguments_are_refused_before_anything_is_made(index, tmp_path):
-    for options in ({"views": ["sound"]}, {"size": 0}, {"workers": 0}, {"flow": "guess"}):
-        arguments = {"views": ["flow"], "size": 8, **options}
+    for options in ({"views": ["sound"]}, {"size": 0}, {"size": 8}, {"workers": 0}, {"flow": "guess"}):
+        arguments = {"views": ["flow"], "size": 16, **options}
         with pytest.raises(InvalidInput):
             ClipCache.build(index, folder=tmp_path / "cache", **arguments)
     assert not (tmp_path / "cache").exists()

@@ -200,6 +200,18 @@ def test_what_is_not_known_is_refused(film):
         extract(film, ["rgb"])
     with pytest.raises(InvalidInput, match="motion=True"):
         extract(read_frames(film, size=32), ["motion_vectors"])
+    for limit in (0, -1):
+        with pytest.raises(InvalidInput, match=f"max_frames: expected at least 1, got {limit}"):
+            extract(film, ["rgb"], size=32, max_frames=limit)
+
+
+def test_dis_needs_a_picture_it_can_look_for_patches_in(film):
+    assert extract(film, ["flow"], size=12)["flow"].shape == (20, 12, 12, 2)
+    for size in (1, 11):
+        assert extract(film, ["flow"], size=size, flow="farneback")["flow"].shape == (20, size, size, 2)
+        for source in (film, read_frames(film, size=size)):
+            with pytest.raises(InvalidInput, match=f"size: expected at least 12 for the flow method 'dis', got {size}"):
+                extract(source, ["flow"], size=size)
 
 
 @pytest.mark.parametrize("path", shipped_videos() or [None], ids=lambda path: path.stem if path else "none")

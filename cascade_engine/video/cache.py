@@ -164,8 +164,8 @@ class ClipCache:
             progress: called after each video with (videos done, videos in all, its path).
 
         Raises:
-            InvalidInput: an unknown view or flow method, a size or number of workers under 1, or a folder that
-                holds a cache with other options.
+            InvalidInput: an unknown view or flow method, a size or number of workers under 1, a size too small for the
+                flow method, or a folder that holds a cache with other options.
             StoreError: another process is building there, or the disk is full.
         """
         if workers < 1:

@@ -36,13 +36,13 @@ class Options:
         """Refuse what cannot be extracted, before anything is.
 
         Raises:
-            InvalidInput: an unknown view or flow method, or a size under 1.
+            InvalidInput: an unknown view or flow method, or a size under 1 or too small for the flow method.
         """
         chosen_views(self.views)
         if self.size < 1:
             raise InvalidInput(f"size: expected at least 1, got {self.size}")
         if "flow" in self.views:
-            flow_function(self.flow)
+            flow_function(self.flow, self.size)
 
     @classmethod
     def read(cls, folder: Path) -> Options | None:

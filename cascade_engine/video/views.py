@@ -36,6 +36,7 @@ Stored: TypeAlias = npt.NDArray[np.uint8] | npt.NDArray[np.int8]
 
 CLIP_PIXELS = 20.0  # displacements are clipped here ...
 REFERENCE_SIZE = 128  # ... in pixels of a picture of this side
+_DIS_SIZE = 12  # OpenCV's DIS looks at no smaller picture
 _CHUNK = 128  # frames decoded at a time: bounds memory, changes no bit
 
 
@@ -61,7 +62,7 @@ def _residual(frames: Frames, _: FlowMethod) -> Stored:
 
 
 def _flow(frames: Frames, method: FlowMethod) -> Stored:
-    compute = flow_function(method)
+    compute = flow_function(method, frames.rgb.shape[1])
     gray = [cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY) for picture in frames.rgb]
     steps = np.empty((len(gray) - 1, *frames.rgb.shape[1:3], 2), np.float32)
     with _one_thread():
@@ -127,18 +128,20 @@ def chosen_views(names: Sequence[str]) -> list[View]:
     return [VIEWS[name] for name in names]
 
 
-def flow_function(method: str) -> Callable[[npt.NDArray[np.uint8], npt.NDArray[np.uint8]], Any]:
-    """The flow (H, W, 2) in pixels between two grey pictures (H, W), by the method named.
+def flow_function(method: str, size: int) -> Callable[[npt.NDArray[np.uint8], npt.NDArray[np.uint8]], Any]:
+    """The flow (size, size, 2) in pixels between two grey pictures (size, size), by the method named.
 
     `dis` (fast preset, finest scale 1), `farneback`, or `tvl1`, which needs the contrib build of OpenCV.
 
     Raises:
-        InvalidInput: an unknown method, or TV-L1 without the contrib build.
+        InvalidInput: an unknown method, TV-L1 without the contrib build, or pictures too small for DIS (12 pixels).
 
     Source: Kroeger et al., ECCV 2016 (DIS); Farneback, SCIA 2003; Zach et al., DAGM 2007 (TV-L1).
     """
     unset: Any = None  # the stubs know no call without an array to start from
     if method == "dis":
+        if size < _DIS_SIZE:
+            raise InvalidInput(f"size: expected at least {_DIS_SIZE} for the flow method 'dis', got {size}")
         dis = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_FAST)
         dis.setFinestScale(1)
         return lambda before, after: dis.calc(before, after, unset)
@@ -178,14 +181,16 @@ def extract(
         View to (T, size, size, channels), uint8 or int8 (see the module's table).
 
     Raises:
-        InvalidInput: an unknown view or flow method, a file without `size`, or vectors asked of frames without them.
+        InvalidInput: an unknown view or flow method, a file without `size`, pictures too small for the flow method, no
+            frames asked for, or vectors asked of frames without them.
         VideoError: the file cannot be read.
     """
     if isinstance(source, Frames):
         return {view.name: view.extract(source, flow) for view in chosen_views(views)}
     if size is None:
         raise InvalidInput("size: expected the side of the frames, got None")
-    parts = [part for part, _ in stream(source, views, size=size, flow=flow, start=start, end=end, limit=max_frames)]
+    chunks = stream(source, views, size=size, flow=flow, start=start, end=end, max_frames=max_frames)
+    parts = [part for part, _ in chunks]
     return {name: cast("Stored", np.concatenate([part[name] for part in parts])) for name in views}
 
 
@@ -197,7 +202,7 @@ def stream(
     flow: FlowMethod = "dis",
     start: float = 0.0,
     end: float | None = None,
-    limit: int | None = None,
+    max_frames: int | None = None,
     chunk: int = _CHUNK,
     max_pixels: int = MAX_PIXELS,
 ) -> Iterator[tuple[dict[str, Stored], Frames]]:
@@ -210,7 +215,7 @@ def stream(
         flow: how optical flow is computed.
         start: seconds.
         end: seconds, exclusive.
-        limit: at most so many frames.
+        max_frames: at most so many frames.
         chunk: frames of a chunk; the last may have one more.
         max_pixels: the largest coded picture that is decoded at all.
 
@@ -222,13 +227,15 @@ def stream(
         VideoError: the file cannot be read.
     """
     chosen = chosen_views(views)
+    if max_frames is not None and max_frames < 1:
+        raise InvalidInput(f"max_frames: expected at least 1, got {max_frames}")
     if "flow" in views:
-        flow_function(flow)  # refuse before anything is decoded
+        flow_function(flow, size)  # refuse before anything is decoded
     motion = any(view.from_stream for view in chosen)
     with VideoReader(path, size=size, motion=motion, max_pixels=max_pixels) as reader:
         held: list[Frame] = []
         # Two frames are held back: a chunk needs the first frame of the next, and the last chunk at least two.
-        for frame in islice(reader.frames(start, end), limit):
+        for frame in islice(reader.frames(start, end), max_frames):
             held.append(frame)
             if len(held) == chunk + 2:
                 ready = gather(reader, held[: chunk + 1])
