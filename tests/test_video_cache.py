@@ -307,6 +307,31 @@ def test_what_is_no_cache_says_so(tmp_path, whole):
         ClipCache.open(tmp_path / "short")
 
 
+@pytest.mark.parametrize(
+    "text", [b"{", b"\xff", b"[]", b"{}", b'{"entries": [{}], "failed": [], "damaged": [], "rows": [{}]}']
+)
+def test_an_index_that_cannot_be_read_says_so_and_is_made_again(index, whole, tmp_path, text):
+    folder = tmp_path / "cache"
+    shutil.copytree(whole.folder, folder)
+    (folder / "index.json").write_bytes(text)
+    with pytest.raises(StoreError, match=r"index\.json: expected the videos of a finished build.*build it again"):
+        ClipCache.open(folder)
+    assert same(ClipCache.build(index, ALL, 32, folder), whole)
+
+
+@pytest.mark.parametrize("line", [b"{", b"\xff", b"[]", b"{}", b"null"])
+def test_a_journal_that_cannot_be_read_says_which_line(index, whole, tmp_path, line):
+    folder = tmp_path / "cache"
+    shutil.copytree(whole.folder, folder)
+    lines = (folder / "journal.jsonl").read_bytes().splitlines(keepends=True)
+    lines[2] = line + b"\n"
+    (folder / "journal.jsonl").write_bytes(b"".join(lines))
+    with pytest.raises(StoreError, match=r"journal\.jsonl: expected a stored video in line 3"):
+        ClipCache.build(index, ALL, 32, folder)
+    assert (folder / "journal.jsonl").read_bytes() == b"".join(lines), "nothing is cut off"
+    assert same(ClipCache.open(folder), whole)
+
+
 def test_bad_arguments_are_refused_before_anything_is_made(index, tmp_path):
     for options in ({"views": ["sound"]}, {"size": 0}, {"size": 8}, {"workers": 0}, {"flow": "guess"}):
         arguments = {"views": ["flow"], "size": 16, **options}

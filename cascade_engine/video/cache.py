@@ -124,17 +124,22 @@ class ClipCache:
         """Map a finished cache, read-only.
 
         Raises:
-            StoreError: no cache there, one never finished, or one whose files are shorter than it says.
+            StoreError: no cache there, one never finished, or one whose files cannot be read or are shorter than it
+                says.
         """
         folder = Path(folder)
         options = Options.read(folder)
         if options is None:
             raise StoreError(f"{folder}: expected a clip cache, found none")
+        file = folder / "index.json"
         try:
-            state = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+            return cls(folder, options, json.loads(file.read_text(encoding="utf-8")))
         except FileNotFoundError:
             raise StoreError(f"{folder}: this clip cache was never finished: build it again, it continues") from None
-        return cls(folder, options, state)
+        except (ValueError, KeyError, TypeError) as error:
+            raise StoreError(
+                f"{file}: expected the videos of a finished build ({error!r}): build it again, it continues"
+            ) from None
 
     @classmethod
     def build(
@@ -166,7 +171,7 @@ class ClipCache:
         Raises:
             InvalidInput: an unknown view or flow method, a size or number of workers under 1, a size too small for the
                 flow method, or a folder that holds a cache with other options.
-            StoreError: another process is building there, or the disk is full.
+            StoreError: another process is building there, the disk is full, or what is stored cannot be read.
         """
         if workers < 1:
             raise InvalidInput(f"workers: expected at least 1, got {workers}")

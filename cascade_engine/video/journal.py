@@ -75,17 +75,19 @@ class Journal:
         """Read what is stored and cut off what was half written.
 
         Raises:
-            StoreError: a file is shorter than the journal says.
+            StoreError: a line of the journal cannot be read (nothing is cut off then), or a file is shorter than it says.
         """
         self.parts.mkdir(exist_ok=True)
         path = self.folder / "journal.jsonl"
         whole = 0
         if path.exists():
-            for line in path.read_bytes().splitlines(keepends=True):
+            for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
                 if not line.endswith(b"\n"):
                     break
-                row = Stored(**json.loads(line))
-                self._remember(row)
+                try:
+                    self._remember(Stored(**json.loads(line)))
+                except (ValueError, TypeError) as error:
+                    raise StoreError(f"{path}: expected a stored video in line {number} ({error!r})") from None
                 whole += len(line)
             os.truncate(path, whole)
         for name, size in self.frame_bytes.items():
