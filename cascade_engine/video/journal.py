@@ -75,7 +75,7 @@ class Journal:
         """Read what is stored and cut off what was half written.
 
         Raises:
-            StoreError: a line of the journal cannot be read (nothing is cut off then), or a file is shorter than it says.
+            StoreError: a line of the journal cannot be read (nothing is cut off then), or a file is shorter than told.
         """
         self.parts.mkdir(exist_ok=True)
         path = self.folder / "journal.jsonl"
