@@ -168,6 +168,22 @@ def test_shuffled_frames_are_the_same_frames_in_another_order():
         shuffle_frames(clips[:, :, :1], torch.Generator())
 
 
+@pytest.mark.parametrize("kind", ["torch", "numpy"])
+def test_a_batch_of_no_clips_is_none_afterwards(clips, kind):
+    make = (lambda: torch.Generator().manual_seed(0)) if kind == "torch" else lambda: np.random.default_rng(0)
+    made = Augment(size=8, blur=1.0)({name: array[:0] for name, array in clips.items()}, make())
+    for name, view in VIEWS.items():
+        assert made[name].shape == centre(name, clips[name][:0], 8).shape == (0, view.channels, 6, 8, 8)
+        assert repeat_frames(name, made[name], make()).shape == made[name].shape
+        assert shuffle_frames(made[name], make()).shape == made[name].shape
+        # None of four draw for all four: the generator goes on as for those that have some.
+        some, none = make(), make()
+        shuffle_frames(torch.zeros(2, 3, 6, 8, 8), some, first=2, joint=4)
+        assert shuffle_frames(made[name], none, first=4, joint=4).shape == made[name].shape
+        draw = (lambda generator: torch.rand(1, generator=generator)) if kind == "torch" else lambda it: it.random()
+        assert draw(some) == draw(none)
+
+
 @pytest.mark.parametrize(
     "wrong", [{"size": 0}, {"flip": 1.5}, {"area": (0.8, 0.5)}, {"area": (0.0, 1.0)}, {"hue": -1.0}]
 )

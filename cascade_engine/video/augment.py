@@ -212,6 +212,8 @@ def shuffle_frames(clips: torch.Tensor, generator: Generator, *, first: int = 0,
     count, time = clips.shape[0], clips.shape[2]
     if time < 2:
         raise InvalidInput(f"clips: expected at least 2 frames to shuffle, got {time}")
+    if not (joint or count):
+        return clips.clone()
     drawn = torch.stack([_Uniform(time, generator)(0, 1) for _ in range(joint or count)])[first : first + count]
     order = drawn.argsort(dim=1, stable=True)
     same = (order == torch.arange(time)).all(dim=1)
@@ -259,6 +261,8 @@ def _sampled(planes: torch.Tensor, theta: torch.Tensor, size: int, usual: float)
     all clips alike: what a clip becomes must not depend on those that come with it.
     """
     count, time, channels, height, width = planes.shape
+    if count == 0:  # torch makes no grid for none
+        return planes.new_empty(0, time, channels, size, size)
     flat = planes.reshape(count, time * channels, height, width)
     # Bilinear sampling looks at 2 x 2 pixels, so from 1.5 pixels for each that is needed on, limbs would flicker.
     while min(flat.shape[-2:]) * usual >= 1.5 * size:
