@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +16,7 @@ from cascade_engine.mining import mine
 from cascade_engine.plan import CascadePlan, Keep
 from cascade_engine.store import FeatureStore
 from cascade_engine.store.approximate import Approximate
-from cascade_engine.tensor import Array, id_vector, to_host
+from cascade_engine.tensor import Array, Host, feature_matrix, id_vector, to_host
 
 Ids = npt.NDArray[np.int64]
 Exclude = Literal["video", "overlap", "self", "none"]
@@ -40,7 +40,7 @@ class Hits:
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """Where queries come from, for exclusions: (B,) video ids, and seconds of start and end where known."""
+    """Where queries come from, for exclusions: (B,) video ids, and (B,) seconds of start and end where known."""
 
     video_id: Ids
     start: npt.NDArray[np.float64] | None = None
@@ -112,13 +112,10 @@ def search(
         ids = id_vector(np.atleast_1d(to_host(clip, "clip")), "clip", np.size(to_host(clip, "clip")))
         vectors, origin = _stored(store, chosen, ids, phase)
     assert vectors is not None
+    mode = _mode(exclude, ids)
     bank = store.bank(chosen.views, phase=phase, where=where, at=at, metric=metric)
-    mode: Exclude = exclude or ("video" if ids is not None else "none")
-    if mode in ("video", "overlap") and origin is None:
-        raise InvalidInput(f"origin: expected where the vectors come from, to exclude by {mode!r}")
-    if mode == "self" and ids is None:
-        raise InvalidInput("exclude: expected 'self' with clip only")
-    queries = {view: to_host(vectors[view], f'vectors["{view}"]') for view in chosen.views if view in vectors}
+    queries = _queries(chosen, vectors, bank)
+    origin = _origin(origin, mode, len(queries[chosen.views[0]])) if mode in ("video", "overlap") else None
     if approximate is not None:
         if where is not None or at is not None:
             raise InvalidInput("approximate: expected no where and no at, an index holds a whole phase")
@@ -157,7 +154,13 @@ def diff(
         sample: compare so many clips only, drawn from `generator`.
         generator: needed for `sample`.
         backend: see `ce.mine`.
+
+    Raises:
+        InvalidInput: `sample` is under 1, or comes without a generator; `k` is under 1.
+        NotFound: no such phase or view.
     """
+    if sample is not None and sample < 1:
+        raise InvalidInput(f"sample: expected at least 1, got {sample}")
     banks = [store.bank(view, phase=phase) for phase in (first, second)]
     ids, rows_a, rows_b = np.intersect1d(_ids(banks[0])[1], _ids(banks[1])[1], assume_unique=True, return_indices=True)
     chosen = np.arange(len(ids))
@@ -200,6 +203,53 @@ def _stored(store: FeatureStore, plan: CascadePlan, ids: Ids, phase: str | None)
     return vectors, Origin(video_id=video, start=start, end=end)
 
 
+def _queries(plan: CascadePlan, vectors: Mapping[str, Array], bank: Bank) -> dict[str, Host]:
+    """The queries of the plan's views, of one length, as wide as the bank's."""
+    checked: dict[str, Host] = {}
+    for view in plan.views:
+        if view not in vectors:
+            raise InvalidInput(f"vectors: expected the plan's view {view!r}, got {', '.join(vectors) or 'no view'}")
+        name, width = f'vectors["{view}"]', bank.keys[view].shape[1]
+        checked[view] = feature_matrix(vectors[view], name, columns=width)
+        rows = len(checked[plan.views[0]])
+        if len(checked[view]) != rows:
+            raise InvalidInput(f"{name}: expected ({rows}, {width}) as the first view has, got {checked[view].shape}")
+    return checked
+
+
+def _mode(exclude: Exclude | None, ids: Ids | None) -> Exclude:
+    """How to exclude: as asked, or the default."""
+    if exclude is None:
+        return "video" if ids is not None else "none"
+    if exclude not in get_args(Exclude):
+        raise InvalidInput(f"exclude: expected one of {', '.join(get_args(Exclude))}, got {exclude!r}")
+    if exclude == "self" and ids is None:
+        raise InvalidInput("exclude: expected 'self' with clip only")
+    return exclude
+
+
+def _origin(origin: Origin | None, mode: Exclude, rows: int) -> Origin:
+    """What is known of each query's place, as far as `mode` asks for it, in arrays."""
+    if origin is None:
+        raise InvalidInput(f"origin: expected where the vectors come from, to exclude by {mode!r}")
+    video = id_vector(origin.video_id, "origin.video_id", rows)
+    if mode == "video":
+        return Origin(video_id=video)
+    if origin.start is None or origin.end is None:
+        raise InvalidInput("origin: expected start and end, to exclude by 'overlap'")
+    start, end = (
+        _seconds(value, f"origin.{name}", rows) for name, value in (("start", origin.start), ("end", origin.end))
+    )
+    return Origin(video_id=video, start=start, end=end)
+
+
+def _seconds(value: object, name: str, rows: int) -> npt.NDArray[np.float64]:
+    array = to_host(value, name)
+    if array.shape != (rows,) or (array.dtype.kind not in "fiu" and array.size):
+        raise InvalidInput(f"{name}: expected ({rows},) seconds, got {array.shape} {array.dtype}")
+    return array.astype(np.float64, copy=False)
+
+
 def _times(
     store: FeatureStore, bank: Bank, where: str | None, phase: str | None, at: int | None, plan: CascadePlan
 ) -> tuple[Any, Any]:
@@ -239,12 +289,12 @@ def _excluded(
         assert ids is not None
         return np.asarray(bank.clip_id)[None] == ids[rows, None]
     assert origin is not None
-    video = id_vector(origin.video_id, "origin.video_id", len(origin.video_id))[rows]
+    video = origin.video_id[rows]
     if mode == "video":
         return video
     assert times is not None
-    if origin.start is None or origin.end is None:
-        raise InvalidInput("origin: expected start and end, to exclude by 'overlap'")
+    assert origin.start is not None
+    assert origin.end is not None
     mask = np.asarray(bank.video_id)[None] == video[:, None]
     start, end = times
     # Written so that unknown times (NaN) count as overlapping.

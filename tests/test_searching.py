@@ -111,6 +111,68 @@ def test_what_cannot_be_searched_says_why(held):
     assert (nothing.clip_id == -1).all()
 
 
+def test_where_vectors_come_from_may_be_lists(held):
+    path, table = held
+    store = ce.FeatureStore.open(path)
+    asked = np.array([3, 400])
+    vectors = {"rgb": table["rgb"][asked]}
+    origin = Origin(video_id=table["video"][asked].tolist(), start=[6, 8], end=[9.0, 11.0])
+    hits = ce.search(store, "rgb:5", vectors=vectors, origin=origin, exclude="overlap")
+    same = ce.search(store, "rgb:5", clip=table["id"][asked], exclude="overlap")
+    assert np.array_equal(hits.clip_id, same.clip_id)
+
+
+UNKNOWN = "exclude: expected one of video, overlap, self, none, got"
+ONE = Origin(video_id=[0, 0], start=[0.0, 0.0], end=[1.0, 1.0])
+UNFIT = {
+    "mode": ({"exclude": "vidoe"}, f"{UNKNOWN} 'vidoe'"),
+    "empty mode": ({"exclude": ""}, f"{UNKNOWN} ''"),
+    "missing view": (
+        {"vectors": {"rgb": np.ones((2, 12), np.float32)}},
+        "vectors: expected the plan's view 'flow', got",
+    ),
+    "width": ({"rgb": np.ones((2, 11), np.float32)}, r'vectors\["rgb"\]: expected \(N, 12\) .*, got \(2, 11\)'),
+    "rank": ({"rgb": np.ones(12, np.float32)}, r'vectors\["rgb"\]: expected \(N, 12\) .*, got \(12,\)'),
+    "lengths": ({"flow": np.ones((3, 9), np.float32)}, r'vectors\["flow"\]: expected \(2, 9\) as the first view has'),
+    "videos": ({"exclude": "video", "origin": Origin(video_id=[0] * 3)}, r"origin.video_id: expected \(2,\) integers"),
+    "video": ({"exclude": "video", "origin": Origin(video_id=7)}, r"origin.video_id: expected \(2,\) integers"),
+    "no times": ({"exclude": "overlap", "origin": Origin(video_id=[0, 0])}, "origin: expected start and end"),
+    "start": (
+        {"exclude": "overlap", "origin": dataclasses.replace(ONE, start=[0.0])},
+        r"origin.start: expected \(2,\) seconds, got \(1,\)",
+    ),
+    "end": (
+        {"exclude": "overlap", "origin": dataclasses.replace(ONE, end=["a", "b"])},
+        r"origin.end: expected \(2,\) seconds, got \(2,\) <U1",
+    ),
+}
+
+
+@pytest.mark.parametrize("how", ["exact", "approximate"])
+@pytest.mark.parametrize("name", UNFIT)
+def test_what_does_not_fit_is_named(held, how, name, tmp_path):
+    path, _ = held
+    store = ce.FeatureStore.open(path)
+    index = None
+    if how == "approximate":
+        pytest.importorskip("faiss")
+        shutil.copytree(path, tmp_path / "s")
+        store = ce.FeatureStore.open(tmp_path / "s")
+        index = build_index(store, "rgb", "ivf", generator=np.random.default_rng(4))
+    changes, message = UNFIT[name]
+    given = dict(changes)
+    vectors = {"rgb": np.ones((2, 12), np.float32), "flow": np.ones((2, 9), np.float32)}
+    vectors |= {view: given.pop(view) for view in ("rgb", "flow") if view in given}
+    with pytest.raises(InvalidInput, match=message):
+        ce.search(store, "rgb:40,flow:5", **({"vectors": vectors, "approximate": index} | given))
+
+
+def test_an_unknown_exclusion_is_refused_for_stored_clips_too(held):
+    path, table = held
+    with pytest.raises(InvalidInput, match=f"{UNKNOWN} 'vidoe'"):
+        ce.search(ce.FeatureStore.open(path), "rgb:5", clip=int(table["id"][0]), exclude="vidoe")
+
+
 @pytest.mark.parametrize("kind", ["hnsw", "ivf"])
 def test_an_approximate_first_stage_is_measured_and_refused_when_stale(held, tmp_path, kind):
     pytest.importorskip("faiss")
@@ -216,6 +278,8 @@ def test_the_difference_of_phases_counts_neighbours_that_changed(tmp_path):
         want.append(len(sets[0] - sets[1]))
     assert found.changed.tolist() == want
     assert diff(store, "main", "main", view="rgb", k=4).changed.sum() == 0
+    with pytest.raises(InvalidInput, match="sample: expected at least 1, got -1"):
+        diff(store, "main", "later", view="rgb", sample=-1, generator=rng)
     few = diff(store, "main", "later", view="rgb", k=4, sample=10, generator=rng)
     assert np.array_equal(few.changed, found.changed[np.searchsorted(common, few.clip_id)])
     assert store.coverage() == {"main": {"rgb": 80}, "later": {"rgb": 70}}
