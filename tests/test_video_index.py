@@ -46,6 +46,18 @@ def test_a_folder_for_each_label(film, tmp_path):
     assert index.labels == ("b", "deep")
 
 
+def test_linked_folders_are_looked_into_but_not_in_circles(film, tmp_path):
+    put(film, tmp_path / "elsewhere" / "1.mp4", tmp_path / "videos" / "here" / "2.mp4")
+    (tmp_path / "videos" / "there").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "videos" / "here" / "up").symlink_to(tmp_path / "videos")
+    (tmp_path / "elsewhere" / "self").symlink_to(tmp_path / "elsewhere")
+    index = VideoIndex.from_folder(tmp_path / "videos")
+    assert [(e.path.relative_to(tmp_path).as_posix(), e.label) for e in index] == [
+        ("videos/here/2.mp4", "here"),
+        ("videos/there/1.mp4", "there"),
+    ]
+
+
 def test_a_folder_without_videos_says_so(tmp_path):
     with pytest.raises(InvalidInput, match="expected videos in it, found none"):
         VideoIndex.from_folder(tmp_path)
@@ -119,6 +131,20 @@ def test_a_csv_that_is_no_text_says_so(film, tmp_path):
     for path in (tmp_path / "absent.csv", film, tmp_path):
         with pytest.raises(InvalidInput, match="expected a text file"):
             VideoIndex.from_csv(path)
+
+
+def test_a_field_no_csv_reader_takes_is_named(tmp_path):
+    file = tmp_path / "videos.csv"
+    for text, read in (
+        ("path,label\na.mp4,x\nb.mp4,{}\n", VideoIndex.from_csv),
+        (
+            "label,youtube_id,time_start,time_end\nx,a,0,1\n{},b,0,1\n",
+            lambda table: VideoIndex.from_kinetics(tmp_path, table),
+        ),
+    ):
+        file.write_text(text.format("x" * 131_073))
+        with pytest.raises(InvalidInput, match=r"videos\.csv:3: expected a CSV table \(field larger than"):
+            read(file)
 
 
 def test_splits_keep_their_ids(film):

@@ -125,19 +125,17 @@ class VideoIndex:
             keep_missing: keep entries whose files are gone, so that each entry keeps its number.
 
         Raises:
-            InvalidInput: no such file, no path column, an unknown column, or a time that is not a number; the message
-                names the line.
+            InvalidInput: no such file, no CSV table, no path column, an unknown column, or a time that is not a number;
+                the message names the line.
         """
         path = Path(path)
         base = Path(root) if root is not None else path.parent
-        rows = csv.DictReader(io.StringIO(_text(path), newline=""))
-        names = rows.fieldnames or []
+        names, rows = _table(path)
         unknown = sorted(set(names) - set(COLUMNS))
         if "path" not in names or unknown:
             raise InvalidInput(f"{path}: expected the columns {', '.join(COLUMNS)} (path at least), got {names}")
         entries = []
-        for row in rows:
-            where = f"{path}:{rows.line_num}"
+        for where, row in rows:
             if None in row or not row["path"]:
                 raise InvalidInput(f"{where}: expected {len(names)} fields with a path, got {list(row.values())}")
             start, end = _seconds(row.get("start"), where), _seconds(row.get("end"), where)
@@ -159,6 +157,8 @@ class VideoIndex:
     @classmethod
     def from_folder(cls, folder: Source, *, split: str | None = None) -> VideoIndex:
         """All videos under a folder, sorted by path; the label is the folder each lies in, where there is one.
+
+        Linked folders are looked into as others are, and give their labels by the names of their links.
 
         Raises:
             InvalidInput: no such folder, or no video under it.
@@ -240,17 +240,16 @@ class VideoIndex:
         the file carries the interval in its name it is a cut already; else the interval is taken from the table.
 
         Raises:
-            InvalidInput: a table is missing or lacks a column.
+            InvalidInput: a table is missing, is no CSV, or lacks a column.
         """
         videos = Path(videos)
         by_name = {file.stem: file for file in sorted(_videos_under(videos))}
         entries, missing = [], []
         for table in map(Path, [tables] if isinstance(tables, str | PathLike) else tables):
-            rows = csv.DictReader(io.StringIO(_text(table), newline=""))
-            if not {"youtube_id", "time_start", "time_end"} <= set(rows.fieldnames or []):
-                raise InvalidInput(f"{table}: expected youtube_id, time_start and time_end, got {rows.fieldnames}")
-            for row in rows:
-                where = f"{table}:{rows.line_num}"
+            names, rows = _table(table)
+            if not {"youtube_id", "time_start", "time_end"} <= set(names):
+                raise InvalidInput(f"{table}: expected youtube_id, time_start and time_end, got {names}")
+            for where, row in rows:
                 start, end = _seconds(row["time_start"], where), _seconds(row["time_end"], where)
                 cut = f"{row['youtube_id']}_{int(start or 0):06d}_{int(end or 0):06d}"
                 split = row.get("split") or table.stem
@@ -284,9 +283,33 @@ def ucf101_group(name: str) -> str | None:
 def _videos_under(folder: Path) -> Iterator[Path]:
     if not folder.is_dir():
         raise InvalidInput(f"{folder}: expected a folder of videos, found none")
-    for file in folder.rglob("*"):
-        if file.suffix.lower() in EXTENSIONS and not file.name.startswith(".") and file.is_file():
-            yield file
+    yield from _walked(folder, ())
+
+
+def _walked(folder: Path, above: tuple[Path, ...]) -> Iterator[Path]:
+    """Videos at any depth, linked folders included; a link to one of those `above` leads in a circle and is passed."""
+    here = folder.resolve()
+    if here in above:
+        return
+    try:
+        children = list(folder.iterdir())
+    except PermissionError:
+        log.warning("%s: not looked into, its permissions forbid it", folder)
+        return
+    for child in children:
+        if child.is_dir():
+            yield from _walked(child, (*above, here))
+        elif child.suffix.lower() in EXTENSIONS and not child.name.startswith(".") and child.is_file():
+            yield child
+
+
+def _table(path: Path) -> tuple[list[str], list[tuple[str, dict[str, str]]]]:
+    """A CSV file's columns, and its rows with the place of each, `file:line`."""
+    rows = csv.DictReader(io.StringIO(_text(path), newline=""))
+    try:
+        return list(rows.fieldnames or []), [(f"{path}:{rows.line_num}", row) for row in rows]
+    except csv.Error as error:
+        raise InvalidInput(f"{path}:{rows.reader.line_num}: expected a CSV table ({error})") from None
 
 
 def _text(path: Path) -> str:
