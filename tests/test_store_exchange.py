@@ -104,6 +104,18 @@ def test_a_group_is_merged_once_and_a_clash_merges_nothing(path):
             staging.merge(store, [path.parent / "nothing"])
 
 
+@pytest.mark.parametrize("durability", ["commit", "none"])
+def test_a_group_goes_when_what_was_taken_of_it_is_on_the_disk(path, durability, monkeypatch):
+    synced = []
+    monkeypatch.setattr(os, "sync", lambda: synced.append(staging.folder(path).exists()))
+    with staging.stage(path, "a") as group:
+        group.append(**batch(5, 220, 3))
+    with ce.FeatureStore.open(path, mode="a", durability=durability) as store:
+        assert store.merge() == 3
+    assert not staging.folder(path).exists()
+    assert synced == ([True] if durability == "none" else [])  # other commits are synced as they are made
+
+
 def again(path, name):
     """A staging group that is there already, opened to go on with."""
     return ce.FeatureStore.open(staging.folder(path) / f"main.{name}", mode="a")

@@ -30,6 +30,7 @@ from cascade_engine.training.config import (
     TrainConfig,
 )
 from cascade_engine.training.data import augmentation
+from cascade_engine.training.loop import prepare
 from cascade_engine.training.parallel import World
 from cascade_engine.training.phases import first_mining, phase_rows
 from cascade_engine.training.presets import PRESETS, preset
@@ -248,6 +249,15 @@ def test_what_changes_no_weight_may_change_when_resuming(tmp_path):
     assert [path.name for path in checkpoint.steps(run.checkpoints)] == ["step-000000013.pt"]
     assert same(weights(run), weights(straight))
     assert Run.open(run.folder).config == config, "the config that it was begun with stays"
+
+
+@pytest.mark.parametrize(("asked", "got"), [("auto", 1), ("cuda", 1), ("cuda:0", 0)])
+def test_processes_take_a_gpu_each_unless_one_is_named(tmp_path, monkeypatch, asked, got):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    tried = []
+    monkeypatch.setattr(torch, "zeros", lambda *_, device: tried.append(device))
+    assert prepare(small(tmp_path, device=asked), World(size=4, rank=3)) == torch.device("cuda", got) == tried[0]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="it can be used here")

@@ -19,6 +19,7 @@ import numpy.typing as npt
 from cascade_engine.errors import InvalidInput, NotFound, StoreError
 from cascade_engine.mining import mine
 from cascade_engine.plan import CascadePlan
+from cascade_engine.store.creating import aside, left_aside
 from cascade_engine.store.feature_store import FeatureStore
 from cascade_engine.store.files import LocalFiles, aside_of, write_whole
 
@@ -162,10 +163,15 @@ def open_index(store: FeatureStore, view: str, kind: Kind = "hnsw", *, phase: st
 def _keep(faiss: Any, index: Any, about: Measured, folder: Path) -> None:
     aside_of(folder)
     data, described = _files(folder, about.view, about.kind)
-    temporary = data.with_name(data.name + ".new")
-    faiss.write_index(index, str(temporary))
-    described.unlink(missing_ok=True)
-    temporary.rename(data)
+    for left in left_aside(folder):
+        left.unlink(missing_ok=True)
+    temporary = aside(data)  # another process may build the same
+    try:
+        faiss.write_index(index, str(temporary))
+        described.unlink(missing_ok=True)
+        temporary.rename(data)
+    finally:
+        temporary.unlink(missing_ok=True)
     write_whole(LocalFiles(), described, json.dumps(asdict(about)).encode(), sync=True)
 
 

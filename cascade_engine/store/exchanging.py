@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ import numpy as np
 
 from cascade_engine.errors import InvalidInput, StoreError
 from cascade_engine.store.columns import Categorical
+from cascade_engine.store.creating import aside
 from cascade_engine.store.feature_store import FeatureStore
 
 _KINDS = {"i": "int", "u": "int", "f": "float", "b": "bool", "U": "str", "O": "str", "T": "str"}
@@ -188,7 +188,7 @@ def _write_archive(
 @contextmanager
 def _aside(target: Path) -> Iterator[Path]:
     """Where to write what is to be at `target`: renamed when whole, removed where that fails."""
-    temporary = target.with_name(f"{target.name}.new-{os.getpid()}")
+    temporary = aside(target)
     try:
         yield temporary
         temporary.replace(target)

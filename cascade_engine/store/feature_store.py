@@ -233,6 +233,11 @@ class FeatureStore(StoreReader):
         self._moved(index)
         return writer.record.rows - before
 
+    @property
+    def durability(self) -> Durability:
+        """What a writer's commits survive; see `create`."""
+        return self._writing().durability
+
     def like(self, path: str | os.PathLike[str], *, durability: Durability = "commit") -> FeatureStore:
         """A new, empty store with the views, types and columns of the current phase."""
         root = Path(path)

@@ -85,6 +85,8 @@ def merge(
             if source.identity()[1] in before:
                 _fill(store, source)
         if not keep:
+            if store.durability == "none":
+                os.sync()  # a group's clips may be safe from power loss: they go when the phase's are
             _remove(store.path, paths)
     return added
 

@@ -104,16 +104,15 @@ def prepare(config: TrainConfig, world: World) -> torch.device:
     if config.optim.threads:
         torch.set_num_threads(config.optim.threads)
     torch.manual_seed(config.seed)
-    if config.device != "auto":
-        try:
-            torch.zeros(1, device=config.device)
-        except (RuntimeError, AssertionError) as error:  # torch asserts that it was compiled with CUDA
-            reason = str(error).partition("\n")[0]
-            raise InvalidInput(f"device: {config.device!r} cannot be used here: {reason}") from None
-        return torch.device(config.device)
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", world.rank % torch.cuda.device_count())
+    device = torch.device(config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        if str(device) == "cuda":  # each process one of its own
+            device = torch.device("cuda", world.rank % max(1, torch.cuda.device_count()))
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was compiled with CUDA
+        reason = str(error).partition("\n")[0]
+        raise InvalidInput(f"device: {config.device!r} cannot be used here: {reason}") from None
+    return device
 
 
 def find(config: TrainConfig, *, resume: bool) -> Run | None:
