@@ -159,6 +159,9 @@ def test_flip_twice_is_nothing_and_torch_agrees_with_numpy(name):
     assert np.abs(scaled).max() <= 1
     torch.testing.assert_close(to_float(name, torch.from_numpy(array)), torch.from_numpy(scaled), atol=1e-6, rtol=0)
     assert np.array_equal(array, kept)
+    for floats in (array.astype(np.float32), torch.from_numpy(array).float()):
+        assert np.array_equal(np.asarray(to_float(name, floats)), np.asarray(to_float(name, floats)))
+        assert np.array_equal(np.asarray(floats), kept), "floats, too"
 
 
 def test_scales_are_as_documented():

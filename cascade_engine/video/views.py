@@ -255,7 +255,9 @@ def to_float(view: str, array: Array) -> Array:
     """
     signed = chosen_views([view])[0].signed
     if is_torch(array):
-        return array.float().mul_(1 / 127) if signed else array.float().mul_(1 / 127.5).sub_(1)
+        own = array.float()
+        own = own.clone() if own is array else own  # float() gives back a float32 tensor itself
+        return own.mul_(1 / 127) if signed else own.mul_(1 / 127.5).sub_(1)
     wide = np.asarray(array, np.float32)
     return wide * np.float32(1 / 127) if signed else wide * np.float32(1 / 127.5) - np.float32(1)
 
