@@ -186,6 +186,30 @@ def test_a_reader_gives_frames_one_by_one(plain):
     assert first.motion is None
 
 
+def test_a_reader_begins_anew_each_time(plain):
+    with VideoReader(plain, size=16) as reader:
+        assert reader.info() == probe(plain)
+        assert len(list(reader.frames())) == 20
+        assert [frame.time for frame in reader.frames(0.2, 0.3)] == pytest.approx([0.2, 0.24, 0.28])
+        assert len(list(reader.frames())) == 20
+        assert reader.info() == probe(plain)
+        assert reader.problem is None
+
+
+def test_frames_of_a_reader_that_was_closed_or_read_anew_are_refused(plain):
+    with VideoReader(plain, size=16) as reader:
+        older, newer = reader.frames(), reader.frames()
+        assert next(older).time == next(newer).time == 0
+        with pytest.raises(InvalidInput, match="was closed or read anew"):
+            next(older)
+        assert next(newer).time == pytest.approx(0.04)
+    with pytest.raises(InvalidInput, match="was closed or read anew"):
+        next(newer)
+    for read in (reader.info, lambda: next(reader.frames())):
+        with pytest.raises(InvalidInput, match="the reader is closed"):
+            read()
+
+
 def test_a_strip_no_video_has_is_refused(tmp_path):
     path = films.write(tmp_path / "strip.mp4", np.zeros((2, 16, 640, 3), np.uint8))
     for read in (probe, lambda file: read_frames(file, size=32)):

@@ -69,7 +69,7 @@ class Frame:
 class VideoReader:
     """An open video file; frames are decoded as they are asked for.
 
-    Use it with `with`. `problem` is filled while reading.
+    Use it with `with`. Each reading begins anew and ends the one before; `problem` is filled while reading.
 
     Raises:
         VideoError: from the constructor, where the file holds no readable video stream.
@@ -91,6 +91,7 @@ class VideoReader:
         self.size, self.motion = size, motion
         self.problem: str | None = None
         self._max_pixels, self._threads = max_pixels, threads
+        self._reading: int | None = 0  # the number of the reading under way; None: the file is closed
         self._begin()
         rate = self._stream.average_rate or self._stream.guessed_rate or Fraction(25)
         self.fps = float(rate)
@@ -102,6 +103,7 @@ class VideoReader:
 
     def __exit__(self, *_: object) -> None:
         """Close the file."""
+        self._reading = None
         self._container.close()
 
     def _begin(self) -> None:
@@ -112,6 +114,19 @@ class VideoReader:
         except BaseException:
             self._container.close()
             raise
+
+    def _begin_again(self) -> None:
+        self._container.close()
+        self._begin()
+
+    def _next_reading(self) -> int:
+        """Stand at the file's beginning, whatever was read before; the number of the reading that starts."""
+        if self._reading is None:
+            raise InvalidInput(f"{self.path}: the reader is closed")
+        if self._reading:
+            self._begin_again()
+        self._reading += 1
+        return self._reading
 
     def _open(self) -> InputContainer:
         if not self.path.is_file():
@@ -151,11 +166,12 @@ class VideoReader:
 
         Raises:
             VideoError: not one frame could be decoded, or none lies in the interval.
-            InvalidInput: `start` is negative or not before `end`.
+            InvalidInput: `start` is negative or not before `end`, or the reader was closed or read anew meanwhile.
         """
         if start < 0 or not math.isfinite(start) or (end is not None and not end > start):
             raise InvalidInput(f"start, end: expected 0 <= start < end in seconds, got {start}, {end}")
         assert self.size is not None, "a reader opened to probe has no frame size"
+        reading = self._next_reading()
         decoded = taken = 0
         shown = 0.0
         ended = False
@@ -170,6 +186,8 @@ class VideoReader:
                 break
             taken += 1
             yield self._convert(frame, time)
+            if self._reading != reading:  # PyAV would go on in memory that the closed container gave back
+                raise InvalidInput(f"{self.path}: was closed or read anew, these frames end here")
         if taken == 0:
             raise VideoError(self._nothing(decoded, start, end))
         if not ended:
@@ -196,8 +214,7 @@ class VideoReader:
             first = next(timed, None)
             if first is not None and first[1] <= start:
                 return chain([first], timed)
-        self._container.close()
-        self._begin()
+        self._begin_again()
         return self._timed()
 
     def _timed(self) -> Iterator[tuple[VideoFrame, float]]:
@@ -300,7 +317,13 @@ class VideoReader:
         return wide
 
     def info(self) -> VideoInfo:
-        """What the file says of itself; consumes the reader."""
+        """What the file says of itself.
+
+        Raises:
+            VideoError: not one frame could be decoded.
+            InvalidInput: the reader is closed.
+        """
+        self._next_reading()
         count = 0
         first: VideoFrame | None = None
         try:
