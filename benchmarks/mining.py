@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from cascade_engine.errors import InvalidInput
+
 from .inputs import Case, Problem, make
 from .judging import Judge
 from .peak import int8_peak
@@ -38,8 +40,15 @@ def run(
 
     Returns:
         The machine, the settings and a row per case; a contestant whose answer was wrong is there, untimed.
+
+    Raises:
+        InvalidInput: no contestant of that name.
     """
     device = "cuda" if backend == "cuda" else "cpu"
+    known = [each.name for each in contestants(backend, device, threads)]
+    unknown = [name for name in only if name not in known]
+    if unknown:
+        raise InvalidInput(f"contestant: expected one of {', '.join(known)}, got {unknown[0]!r}")
     with pinned(threads):
         rows = []
         peak = int8_peak() if device == "cpu" else None
@@ -133,6 +142,9 @@ def summary(row: Row) -> str:
             cells.append(f"{name} {outcome['median_ms']:.2f}" + ("" if outcome["exact"] else "*"))
         elif outcome.get("skipped") == "wrong answer":
             cells.append(f"{name} WRONG")
+    if not cells:
+        why = ", ".join(f"{name}: {outcome['skipped']}" for name, outcome in row["contestants"].items())
+        return f"{row['name']}: nothing timed ({why})"
     verdicts = [f"{bar['reached']:g}x {bar['peer']} (asked {bar['asked']:g}x)" for bar in row["bars"]]
     if row.get("int8_peak_share"):
         verdicts.append(f"{row['int8_peak_share']:.0%} of the int8 peak")

@@ -4,11 +4,23 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import click
 from cascade_engine.benchmarks import inputs
+from click.core import ParameterSource
 
-from cascade_engine.errors import CascadeError
+from cascade_engine.errors import CascadeError, InvalidInput
+
+_CASES = {"names", "groups", "quick"}
+# what to do instead of measuring, and the options that it heeds
+_INSTEAD = {
+    "listing": _CASES,
+    "profile": {*_CASES, "backend", "threads"},
+    "memory": {"backend", "threads", "to"},
+    "loss": {"threads", "rounds", "to"},
+    "source": {"to", "table", "plot"},
+}
 
 
 @click.command("mining")
@@ -21,13 +33,20 @@ from cascade_engine.errors import CascadeError
 @click.option("--threads", default=2, show_default=True, type=click.IntRange(1), help="Threads for each contestant.")
 @click.option("--rounds", default=7, show_default=True, type=click.IntRange(1), help="Interleaved rounds.")
 @click.option("--json", "to", type=click.Path(dir_okay=False, path_type=Path), help="Write the results here.")
-@click.option("--from", "source", type=click.Path(exists=True, path_type=Path), help="Show results measured before.")
+@click.option(
+    "--from",
+    "source",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Show results measured before.",
+)
 @click.option("--table", is_flag=True, help="Print the README's table.")
 @click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw the results into this PNG or SVG.")
 @click.option("--memory", is_flag=True, help="Measure peak memory beyond the bank at K = 2^20, B = 1024 instead.")
 @click.option("--loss", is_flag=True, help="Measure the loss, forward and backward, instead.")
 @click.option("--profile", type=click.Path(dir_okay=False, path_type=Path), help="Write a torch.profiler trace here.")
+@click.pass_context
 def command(
+    ctx: click.Context,
     names: tuple[str, ...],
     groups: tuple[str, ...],
     quick: bool,
@@ -56,11 +75,12 @@ def command(
       cascade bench mining --from mining.json --table --plot mining.png
       cascade bench mining --profile trace.json
     """
+    _require_heeded(ctx)
+    cases = inputs.find((*inputs.QUICK, *names) if quick else names, groups)
     if listing:
-        for case in inputs.CASES:
+        for case in cases:
             click.echo(f"{case.name:36} {case.group:10} {case.plan}")
         return
-    cases = inputs.find(inputs.QUICK if quick else names, groups)
     if profile is not None:
         from cascade_engine.benchmarks.profiling import write_trace
 
@@ -70,24 +90,26 @@ def command(
     if memory:
         from cascade_engine.benchmarks.memory import peaks
 
+        found = []
         for row in peaks(threads=threads, backend=backend):
             click.echo(json.dumps(row))
+            found.append(row)
+        _write(found, to)
         return
     if loss:
         from cascade_engine.benchmarks import contrast
 
-        rows = contrast.run(threads=threads, rounds=rounds, report=click.echo)
-        if to is not None:
-            to.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        _write(contrast.run(threads=threads, rounds=rounds, report=click.echo), to)
         return
     from cascade_engine.benchmarks import mining, rendering
 
     if source is not None:
-        results = json.loads(source.read_text(encoding="utf-8"))
+        results = _read(source)
+        for row in results["cases"]:
+            click.echo(mining.summary(row))
     else:
         results = mining.run(cases, threads=threads, rounds=rounds, backend=backend, only=only, report=click.echo)
-    if to is not None:
-        to.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    _write(results, to)
     if table:
         click.echo(rendering.table(results))
     if plot is not None:
@@ -95,3 +117,35 @@ def command(
     wrong = mining.wrong(results)
     if wrong:
         raise CascadeError(f"wrong answers: {', '.join(wrong)}")
+
+
+def _require_heeded(ctx: click.Context) -> None:
+    """Refuse options that would do nothing with what is done instead of measuring."""
+    given = {each.name: each.opts[0] for each in ctx.command.params if _was_given(ctx, each)}
+    instead = next((name for name in _INSTEAD if name in given), None)
+    if instead is None:
+        return
+    idle = [option for name, option in given.items() if name != instead and name not in _INSTEAD[instead]]
+    if idle:
+        raise InvalidInput(f"{idle[0]}: expected without {given[instead]}, where it does nothing")
+
+
+def _was_given(ctx: click.Context, option: click.Parameter) -> bool:
+    return ctx.get_parameter_source(str(option.name)) is ParameterSource.COMMANDLINE
+
+
+def _read(source: Path) -> dict[str, Any]:
+    """Results that were written before."""
+    try:
+        results: dict[str, Any] = json.loads(source.read_text(encoding="utf-8"))
+        complete = all(row.keys() >= {"name", "contestants", "bars"} for row in results["cases"])
+    except (ValueError, TypeError, LookupError, AttributeError):
+        complete = False
+    if not complete:
+        raise InvalidInput(f"--from: expected what cascade bench mining --json wrote, got {source}")
+    return results
+
+
+def _write(results: Any, to: Path | None) -> None:
+    if to is not None:
+        to.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")

@@ -51,6 +51,10 @@ def command(
       torchrun --nproc-per-node 4 --no-python cascade train cpr.toml
     """
     if printed is not None:
+        others = {str(config_file): config_file, "--preset": preset, "--resume": resume, "--dry-run": dry_run}
+        idle = [name for name, given in others.items() if given]
+        if idle:
+            raise InvalidInput(f"--print-config: expected with --set only, got {idle[0]}")
         from cascade_engine.training.settings import to_toml
 
         click.echo(to_toml(_config(None, printed, assignments)), nl=False)

@@ -111,8 +111,65 @@ def test_the_command_writes_results_and_renders_them(tmp_path):
         command, ["mining", "--from", str(to), "--table", "--plot", str(image)], catch_exceptions=False
     )
     assert rendering.table(results) in shown.output
-    assert "cpr-32x2048" in shown.output
+    assert mining.summary(results["cases"][0]) in shown.output
     assert image.read_bytes().startswith(b"\x89PNG")
+
+
+IDLE = [
+    (["--list", "--table"], "--table: expected without --list, where it does nothing"),
+    (["--loss", "--backend", "nosuch"], "--backend: expected without --loss"),
+    (["--loss", "--memory"], "--loss: expected without --memory"),
+    (["--loss", "--plot", "x.png"], "--plot: expected without --loss"),
+    (["--memory", "--contestant", "engine"], "--contestant: expected without --memory"),
+    (["--memory", "--rounds", "7"], "--rounds: expected without --memory"),
+    (["--profile", "t.json", "--json", "x.json"], "--json: expected without --profile"),
+    (["--from", "r.json", "--quick"], "--quick: expected without --from"),
+    (["--case", "cpr-32x2048", "--contestant", "engin"], "contestant: expected one of engine, torch, .*, got 'engin'"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), IDLE)
+def test_options_that_would_do_nothing_are_refused(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "r.json").write_text('{"cases": []}')
+    with pytest.raises(InvalidInput, match=message):
+        CliRunner().invoke(command, ["mining", *arguments], catch_exceptions=False)
+    assert [each.name for each in tmp_path.iterdir()] == ["r.json"]
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"cases": [{}]}', "\udcff"])
+def test_what_holds_no_results_is_not_shown(tmp_path, text):
+    source = tmp_path / "r.json"
+    source.write_text(text, errors="surrogateescape")
+    with pytest.raises(InvalidInput, match=r"--from: expected what cascade bench mining --json wrote, got .*r\.json"):
+        CliRunner().invoke(command, ["mining", "--from", str(source), "--table"], catch_exceptions=False)
+
+
+def test_cases_listed_are_those_asked_for():
+    def listed(*options):
+        done = CliRunner().invoke(command, ["mining", "--list", *options], catch_exceptions=False)
+        return [line.split()[0] for line in done.output.splitlines()]
+
+    assert listed() == [case.name for case in inputs.CASES]
+    assert listed("--group", "cpr") == [case.name for case in inputs.CASES if case.group == "cpr"]
+    other = next(case.name for case in inputs.CASES if case.name not in inputs.QUICK)
+    assert set(listed("--quick", "--case", other)) == {*inputs.QUICK, other}
+
+
+def test_where_no_contestant_runs_the_line_says_why():
+    row = mining._measure(small(CPR), [peers.contestants(None, "cpu", 1)[-2]], "cpu", 1)
+    assert mining.summary(row) == "x: nothing timed (usearch: one view without exclusion only)"
+
+
+def test_peak_memory_is_written_where_asked(tmp_path, monkeypatch):
+    from cascade_engine.benchmarks import memory
+
+    rows = [{"what": "loss", "queries": 4}]
+    monkeypatch.setattr(memory, "peaks", lambda **_: iter(rows))
+    to = tmp_path / "memory.json"
+    done = CliRunner().invoke(command, ["mining", "--memory", "--json", str(to)], catch_exceptions=False)
+    assert json.loads(done.output) == rows[0]
+    assert json.loads(to.read_text()) == rows
 
 
 def test_the_trace_holds_the_engines_phases(tmp_path):
