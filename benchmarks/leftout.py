@@ -22,6 +22,7 @@ from cascade_engine.mining import mine
 from cascade_engine.plan import CascadePlan
 
 PIXELS = 16  # side that frames are scaled to, for the contestant without a model
+_TICK = 1e-6  # seconds that times may be off by without a frame being shared
 
 F32 = npt.NDArray[np.float32]
 I64 = npt.NDArray[np.int64]
@@ -54,7 +55,7 @@ def measure(model: Model, videos: Sequence[Path]) -> list[Row]:
     """The model's views, each alone and all together, and raw pixels, each as it is and centred.
 
     Raises:
-        InvalidInput: fewer than two readable videos with three windows.
+        InvalidInput: fewer than two readable videos of three windows, with which one is not next to another.
     """
     owner: list[int] = []
     features: dict[str, list[F32]] = {view.name: [] for view in model.signature.views}
@@ -64,15 +65,16 @@ def measure(model: Model, videos: Sequence[Path]) -> list[Row]:
             windows = list(sliding_windows(path, model.signature, step=model.signature.span))
         except VideoError:
             continue
-        windows = windows[:-1] if len(windows) > 3 else windows  # the last one may overlap the one before
+        if len(windows) > 1 and windows[-1].start < windows[-2].end - _TICK:
+            del windows[-1]  # it ends with the last frame, wherever the one before does
         found = model.run({view: np.stack([each.pixels[view] for each in windows]) for view in features})
         for view, values in found.features.items():
             features[view].extend(values)
         pixels.extend(_pixels(each) for each in windows)
         owner.extend([number] * len(windows))
     ids = np.array(owner, np.int64)
-    if np.sum(np.bincount(ids) >= 4 if len(ids) else [0]) < 2:
-        raise InvalidInput("videos: expected two or more of four windows each, found fewer")
+    if np.sum(np.bincount(ids) >= 3 if len(ids) else [0]) < 2:
+        raise InvalidInput("videos: expected two or more of three windows each, found fewer")
     contestants = {view: np.stack(values) for view, values in features.items()}
     if len(contestants) > 1:
         contestants["all views"] = np.concatenate(list(contestants.values()), axis=1)

@@ -12,6 +12,7 @@ from cascade_engine.benchmarks.leftout import measure
 from cascade_engine.deployment.artefact import Model, load, save
 from cascade_engine.deployment.embed import embed, open_store, query
 from cascade_engine.deployment.predict import find_videos
+from cascade_engine.errors import InvalidInput
 from cascade_engine.video.decode import read_frames
 
 
@@ -62,7 +63,21 @@ def test_the_left_out_benchmark_counts_rightly(tmp_path):
     ]
     found = {row.features: row for row in measure(model, paths)}
     pixels = found["raw pixels, centred"]
-    assert (pixels.windows, pixels.videos) == (8, 2)
+    assert (pixels.windows, pixels.videos) == (10, 2)
     assert (pixels.right, pixels.right_apart) == (1.0, 1.0)
-    assert pixels.chance == 3 / 7
+    assert pixels.chance == pytest.approx(4 / 9)
     assert set(found) == {"rgb", "rgb, centred", "raw pixels", "raw pixels, centred"}
+
+
+@pytest.mark.parametrize(("frames", "windows"), [(20, 2), (21, 3), (22, 3), (28, 4)])
+def test_the_left_out_benchmark_asks_for_two_videos_of_three_windows_that_do_not_overlap(tmp_path, frames, windows):
+    made = deployed.classifier(("rgb",), labels=())
+    model = Model(Path("live.pt2"), deployed.signature(made, labels=()), deployed.Live(made))
+    paths = [
+        films.write(tmp_path / f"{tint}.mp4", np.full((frames, 48, 48, 3), tint, np.uint8)) for tint in (20, 120, 220)
+    ]
+    if windows < 3:
+        with pytest.raises(InvalidInput, match="expected two or more of three windows each"):
+            measure(model, paths)
+    else:
+        assert measure(model, paths)[0].windows == 3 * windows
