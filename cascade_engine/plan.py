@@ -181,7 +181,7 @@ class CascadePlan:
                 or ``nnclr``.
             oracle: the frozen view that helps to mine.
             trainee: the view being trained.
-            k: positives per query (``patent`` fixes 3 and ``nnclr`` 1).
+            k: positives per query (``patent`` fixes 3, ``nnclr`` 1; ``mvcgc`` with `m` keeps all that both share).
             stages: number of stages (``cpr``, ``cpr-paper``). The views alternate from the oracle and the last stage is
                 the oracle's, so an even number makes the last two both the oracle's: it alone then ranks at the end.
             ratio: share kept by each stage (``cpr``, ``cpr-paper``), in (0, 1].
@@ -193,8 +193,8 @@ class CascadePlan:
         o, t = oracle, trainee
         if k < 1 or stages < 1 or (m is not None and m < 1):
             raise InvalidInput(f"preset: expected k, stages and m of at least 1, got k={k}, stages={stages}, m={m}")
+        share = _share(ratio, "ratio")
         if name in ("cpr", "cpr-paper"):
-            share = _share(ratio, "ratio")
             keeps = [
                 f"{_decimal(share ** (s + 1) * 100)}%" if name == "cpr" else f"prev{_decimal(share * 100)}%"
                 for s in range(stages - 1)

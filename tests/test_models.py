@@ -26,6 +26,8 @@ def test_unknown_encoder_and_bad_numbers_are_refused():
         build_encoder("s4d", 3)
     with pytest.raises(InvalidInput, match="at least 1"):
         build_encoder("r3d_small", 0)
+    with pytest.raises(InvalidInput, match="norm: expected one of batch, group, got 'grp'"):
+        build_encoder("r3d_small", 3, norm="grp")
 
 
 def test_one_generator_one_encoder():

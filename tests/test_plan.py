@@ -222,6 +222,7 @@ def test_cpr_counts_follow_the_published_formula(stages_, ratio, bank):
         ({"name": "cpr", "ratio": float("nan")}, "ratio: expected"),
         ({"name": "cpr", "ratio": "half"}, "ratio: expected"),
         ({"name": "cpr", "ratio": "1/3"}, "ratio: expected"),
+        ({"name": "coclr", "ratio": "x"}, "ratio: expected"),
         ({"name": "sum", "oracle": "t"}, "a view not named yet"),
         ({"name": "coclr", "oracle": "no view"}, "expected ':'"),
     ],

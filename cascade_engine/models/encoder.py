@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import get_args
 
 import torch
 from torch import nn
@@ -67,10 +68,12 @@ def build_encoder(
         subtract_background: the net sees each clip less its mean over time.
 
     Raises:
-        InvalidInput: an unknown name, or a number under 1.
+        InvalidInput: an unknown name or norm, or a number under 1.
     """
     if name not in ENCODERS:
         raise InvalidInput(f"encoder: expected one of {', '.join(ENCODERS)}, got {name!r}")
+    if norm not in get_args(Norm):
+        raise InvalidInput(f"norm: expected one of {', '.join(get_args(Norm))}, got {norm!r}")
     if min(channels, dim, norm_groups) < 1:
         raise InvalidInput(
             f"encoder: expected channels, dim and norm_groups of at least 1, got {channels}, {dim}, {norm_groups}"
