@@ -27,6 +27,8 @@ from cascade_engine.tensor import (
 )
 from cascade_engine.tracing import phase
 
+_WIDEST = 1 << 31  # columns of an answer
+
 
 @dataclass(frozen=True, kw_only=True)
 class Positives:
@@ -193,8 +195,8 @@ def _keep_mutual(index: Host, similarity: Host) -> tuple[Host, Host]:
 
 
 def _counts(plan: CascadePlan, keys: int) -> tuple[int, ...]:
-    """What each stage can keep at most: a plan may ask for more than there is."""
-    return tuple(min(count, keys) for count in plan.counts(keys))
+    """What each stage keeps, and a trace shows; all there is where no array could be so wide."""
+    return tuple(count if count < _WIDEST else min(count, keys) for count in plan.counts(keys))
 
 
 def _concatenate(parts: list[Host], empty: tuple[int, int], dtype: Any) -> Host:
