@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import click
+
+if TYPE_CHECKING:
+    from cascade_engine.deployment.classifier import Crops
 
 
 @click.command("export")
@@ -52,7 +56,7 @@ def command(
         [source, *others],
         views=views or None,
         phase=phase,
-        crops={1: 1, 2: 2, 5: 5, 10: 10}[int(crops)],  # type: ignore[arg-type]
+        crops=cast("Crops", int(crops)),
         features="projection" if features == "projection" else "backbone",
     )
     written = save(classifier, signature, target)

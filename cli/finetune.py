@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import click
+
+if TYPE_CHECKING:
+    from cascade_engine.deployment.classifier import Crops
 
 
 @click.command("finetune")
@@ -71,7 +75,7 @@ def command(
         batch=batch,
         lr=lr,
         area=area,
-        crops={1: 1, 2: 2, 5: 5, 10: 10}[int(crops)],  # type: ignore[arg-type]
+        crops=cast("Crops", int(crops)),
         seed=seed,
         train_split=train_split,
         test_split=test_split,
