@@ -1,5 +1,6 @@
 """Fine-tuning on a run, its test, its export; and the protocols on the same run."""
 
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -11,10 +12,13 @@ from cascade_engine.deployment.artefact import load, save
 from cascade_engine.deployment.assemble import assemble
 from cascade_engine.deployment.finetune import finetune
 from cascade_engine.deployment.finetuned import FinetuneConfig, FineTuned
-from cascade_engine.deployment.judging import LabelledWindows, judge
+from cascade_engine.deployment.judging import LabelledWindows, judge, require_judgeable
 from cascade_engine.deployment.predict import predict
-from cascade_engine.errors import CheckpointError, InvalidInput
+from cascade_engine.errors import CascadeError, CheckpointError, InvalidInput
 from cascade_engine.store import FeatureStore
+from cascade_engine.training.run import Run
+from cascade_engine.training.settings import to_toml
+from cascade_engine.video.index import VideoIndex
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +136,52 @@ def test_a_run_alone_is_exported_for_its_features(run):
         assert np.abs(found.numpy() - store.features("rgb")[:2]).max() < 1e-5
 
 
+def test_members_must_be_of_the_same_videos(run, tuned, tmp_path):
+    """Numbered alike and labelled alike, they would be averaged with other videos' probabilities."""
+    entries = [replace(each, path=each.path.with_name("other.mp4")) for each in run.index]
+    elsewhere = replace(tuned, run=Run(shutil.copytree(run.folder, tmp_path / "other"), run.config))
+    VideoIndex(entries).to_csv(elsewhere.run.index_path)
+    for asked in (lambda: judge([tuned, elsewhere]), lambda: require_judgeable(run, tuned.config, [elsewhere])):
+        with pytest.raises(InvalidInput, match=r"with: expected the videos of .*other\.mp4"):
+            asked()
+
+
+def test_what_the_test_would_refuse_is_refused_before_training(run, tuned):
+    require_judgeable(run, replace(tuned.config, crops=10), [tuned])
+    narrow = Run(run.folder, replace(run.config, clip=replace(run.config.clip, size=40)))
+    for judged, config, members, message in [
+        (run, replace(tuned.config, test_split="nowhere"), [], "labelled windows in 'nowhere'"),
+        (narrow, replace(tuned.config, crops=5), [], "frames larger than 40 to cut corners"),
+        (run, replace(tuned.config, crops=5), [replace(tuned, run=narrow)], "frames larger than 40 to cut corners"),
+        (run, tuned.config, [replace(tuned, labels=("blue", "green"))], "expected the labels of"),
+    ]:
+        with pytest.raises(InvalidInput, match=message):
+            require_judgeable(judged, config, members)
+
+
+def test_a_classifier_stays_what_it_was_when_its_run_goes_on_or_is_made_anew(run, tmp_path):
+    folder = shutil.copytree(run.folder, tmp_path / "run")
+    more = replace(run.config, phase=(*run.config.phase, replace(run.config.phase[0], name="second")))
+    (folder / "config.toml").write_text(to_toml(more))
+    begun = Run.open(folder)
+    finetune(begun, FinetuneConfig(view="rgb", layers="head", epochs=1)).save(tmp_path / "tuned")
+    _, signature = assemble([tmp_path / "tuned"])
+    assert signature.source == {"rgb": "run, phase first, fine-tuned"}
+    begun.save_encoders("second", {"rgb": begun.encoder("rgb")})
+    anew = replace(more, clip=replace(more.clip, frames=6, stride=1), model=replace(more.model, dim=16))
+    (folder / "config.toml").write_text(to_toml(anew))
+    assert assemble([tmp_path / "tuned"])[1] == signature
+    shutil.rmtree(folder)
+    assert assemble([tmp_path / "tuned"])[1] == signature
+
+
+def test_what_diverges_is_not_kept(run):
+    """One step spoils the weights after its loss was still finite: the probabilities tell."""
+    for batch in (4, 32):
+        with pytest.raises(CascadeError, match="diverged in epoch 1"):
+            finetune(run, FinetuneConfig(view="rgb", epochs=1, batch=batch, lr=1e30))
+
+
 def test_what_does_not_fit_together_is_refused(run, tuned, tmp_path):
     tuned.save(tmp_path / "a")
     with pytest.raises(InvalidInput, match="another view than 'rgb'"):
@@ -146,8 +196,13 @@ def test_what_does_not_fit_together_is_refused(run, tuned, tmp_path):
         finetune(run, FinetuneConfig(view="rgb", train_split="nowhere"))
     with pytest.raises(InvalidInput, match=r"the area within \(0, 1\]"):
         finetune(run, FinetuneConfig(view="rgb", area=0.0, epochs=1))
-    with pytest.raises(InvalidInput, match="epochs and batch of at least 1"):
-        FinetuneConfig(view="rgb", epochs=0)
+    with pytest.raises(InvalidInput, match=r"the area within \(0, 1\]"):
+        finetune(run, FinetuneConfig(view="rgb", area=float("nan"), epochs=1))
+    for wrong in ({"epochs": 0}, {"lr": float("inf")}, {"lr": float("nan")}, {"weight_decay": float("nan")}):
+        with pytest.raises(InvalidInput, match="epochs and batch of at least 1, a finite lr"):
+            FinetuneConfig(view="rgb", **wrong)
+    with pytest.raises(InvalidInput, match="seed: expected a number from 0"):
+        FinetuneConfig(view="rgb", seed=-1)
     with pytest.raises(InvalidInput, match="crops: expected one of 1, 2, 5, 10, got 3"):
         FinetuneConfig(view="rgb", crops=3)
     with pytest.raises(InvalidInput, match="expected a run's folder"):

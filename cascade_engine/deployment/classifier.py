@@ -98,9 +98,18 @@ class Classifier(nn.Module):
         if place == 0:
             return centre(view, shown, self.side)
         height, width = shown.shape[2], shown.shape[3]
-        if min(height, width) <= self.side:
-            raise InvalidInput(f"crops: expected frames larger than {self.side} to cut corners, got {height} x {width}")
+        require_corners(self.crops, min(height, width), self.side)
         down, right = divmod(place - 1, 2)
         top, left = down * (height - self.side), right * (width - self.side)
         corner = centre(view, shown[:, :, top : top + self.side, left : left + self.side], self.side)
         return (corner * (height / self.side)).clamp(-1, 1) if VIEWS[view].displaces else corner
+
+
+def require_corners(crops: Crops, stored: int, side: int) -> None:
+    """Refuse crops that cut corners of `side` from stored frames of a side that has none to cut.
+
+    Raises:
+        InvalidInput: five or ten crops, and frames that are not larger.
+    """
+    if crops in (5, 10) and stored <= side:
+        raise InvalidInput(f"crops: expected frames larger than {side} to cut corners, got {stored} x {stored}")

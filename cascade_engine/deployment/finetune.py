@@ -14,7 +14,7 @@ from torch import nn
 from cascade_engine.deployment.classifier import Classifier, Stream
 from cascade_engine.deployment.finetuned import FinetuneConfig, FineTuned
 from cascade_engine.deployment.judging import LabelledWindows
-from cascade_engine.errors import InvalidInput
+from cascade_engine.errors import CascadeError, InvalidInput
 from cascade_engine.evaluation.features import I64, FeatureSet
 from cascade_engine.evaluation.probe import validation_videos
 from cascade_engine.training.data import augmentation
@@ -38,9 +38,11 @@ def finetune(run: Run, config: FinetuneConfig, *, progress: Progress | None = No
     Raises:
         InvalidInput: no labelled training videos, no class with two of them, or a cache of other videos.
         CheckpointError: the phase's weights do not fit.
+        CascadeError: the loss or the probabilities are not finite any more.
 
     Source: METHOD blocks 930 and 930A.
     """
+    config = replace(config, phase=run.trained_in(config.view, config.phase))
     windows = LabelledWindows.of(run, config.train_split)
     rows = windows.rows(config.train_split)
     held = np.isin(windows.table.video_id[rows], _validation(windows, rows, config))
@@ -53,6 +55,8 @@ def finetune(run: Run, config: FinetuneConfig, *, progress: Progress | None = No
     for epoch in range(config.epochs):
         loss = learner.epoch(epoch)
         means, truth, _ = windows.per_video(judged.eval(), rows[held])
+        if not (math.isfinite(loss) and np.isfinite(means).all()):
+            raise CascadeError(f"finetune: diverged in epoch {epoch + 1} (loss {loss:.3g}); expected a lower lr")
         accuracy = float((means.argmax(axis=1) == truth).mean())
         curve.append({"epoch": epoch + 1, "loss": loss, "validation": accuracy})
         if accuracy > best:

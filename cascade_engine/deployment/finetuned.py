@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias, get_args
@@ -10,7 +11,9 @@ from cascade_engine.deployment.classifier import Classifier, Crops, Stream
 from cascade_engine.errors import CheckpointError, InvalidInput
 from cascade_engine.models import load_weights
 from cascade_engine.training import checkpoint
-from cascade_engine.training.run import Run
+from cascade_engine.training.config import TrainConfig, require_seed
+from cascade_engine.training.run import Run, fresh_encoder
+from cascade_engine.training.settings import build, to_values
 
 Layers: TypeAlias = Literal["all", "head"]
 
@@ -24,6 +27,7 @@ class FinetuneConfig:
     Args:
         view: the view whose encoder it stands on.
         phase: of the run, whose weights are begun with; the last one done by default; ``"initial"``: random ones.
+            A fine-tuned classifier's config names the phase that it was.
         layers: ``"all"``, or ``"head"``: the linear classifier alone, the encoder frozen.
         epochs: passes over the training videos, one random clip of each.
         batch: clips.
@@ -60,11 +64,12 @@ class FinetuneConfig:
             raise InvalidInput(f"layers: expected one of {', '.join(get_args(Layers))}, got {self.layers!r}")
         if self.crops not in get_args(Crops):
             raise InvalidInput(f"crops: expected one of {', '.join(map(str, get_args(Crops)))}, got {self.crops}")
-        if min(self.epochs, self.batch) < 1 or not self.rate > 0 or self.weight_decay < 0:
+        if min(self.epochs, self.batch) < 1 or not 0 < self.rate < math.inf or not 0 <= self.weight_decay < math.inf:
             raise InvalidInput(
-                "finetune: expected epochs and batch of at least 1, lr above 0 and weight_decay of at least 0, "
-                f"got {self.epochs}, {self.batch}, {self.rate}, {self.weight_decay}"
+                "finetune: expected epochs and batch of at least 1, a finite lr above 0 and weight_decay of at least "
+                f"0, got {self.epochs}, {self.batch}, {self.rate}, {self.weight_decay}"
             )
+        require_seed(self.seed)
 
     @property
     def rate(self) -> float:
@@ -77,7 +82,7 @@ class FineTuned:
     """A fine-tuned classifier of one view, as it lies in its folder.
 
     Args:
-        run: the run it came from.
+        run: the run it came from, with the config that it had then; the folder may hold another by now.
         config: how it was trained.
         labels: its classes.
         stream: encoder and classifier, in evaluation mode.
@@ -102,6 +107,7 @@ class FineTuned:
             "config": asdict(self.config),
             "labels": list(self.labels),
             "run": str(self.run.folder.absolute()),
+            "training": to_values(self.run.config),
             "curve": self.curve,
         }
         checkpoint.save(target, state)
@@ -112,17 +118,17 @@ class FineTuned:
         """Read the classifier in a folder.
 
         Raises:
-            CheckpointError: none there, or its weights do not fit.
-            InvalidInput: the run it came from is not there any more.
+            CheckpointError: none there, one of another version, or its weights do not fit.
         """
         path = Path(folder) / _FILE
         state = checkpoint.load(path)
         try:
             config = FinetuneConfig(**state["config"])
-            run, labels, weights = Run.open(state["run"]), tuple(state["labels"]), state["weights"]
-        except (KeyError, TypeError) as error:
-            raise CheckpointError(f"{path}: it is incomplete ({error})") from None
-        stream = Stream(run.encoder(config.view, config.phase), len(labels))
+            run = Run(Path(state["run"]), build(TrainConfig, state["training"]))
+            labels, weights = tuple(state["labels"]), state["weights"]
+        except (KeyError, TypeError, InvalidInput) as error:
+            raise CheckpointError(f"{path}: it is incomplete, or of another version ({error})") from None
+        stream = Stream(fresh_encoder(run.config, config.view), len(labels))
         load_weights(stream, weights, str(path))
         return cls(run=run, config=config, labels=labels, stream=stream.eval(), curve=list(state["curve"]))
 

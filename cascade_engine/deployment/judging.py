@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from cascade_engine.deployment.classifier import Classifier, Crops
-from cascade_engine.deployment.finetuned import FineTuned
+from cascade_engine.deployment.classifier import Classifier, Crops, require_corners
+from cascade_engine.deployment.finetuned import FinetuneConfig, FineTuned
 from cascade_engine.errors import InvalidInput
 from cascade_engine.evaluation.features import F64, I64, Scores, accuracy_scores, mean_per_video
 from cascade_engine.evaluation.of_run import windows_of
@@ -85,6 +85,34 @@ class LabelledWindows:
         return mean_per_video(np.concatenate(parts), self.table.video_id[rows], self.numbers(rows))
 
 
+def require_judgeable(run: Run, config: FinetuneConfig, members: Sequence[FineTuned] = ()) -> None:
+    """Refuse what `judge` would refuse of a classifier that is still to be trained, alone and together with `members`.
+
+    Args:
+        run: the run it will stand on.
+        config: how it will be trained.
+        members: what it will be averaged with.
+
+    Raises:
+        InvalidInput: no labelled test videos, a label among them that is not learnt, frames too small for the crops,
+            or members of other labels or other videos.
+    """
+    windows = LabelledWindows.of(run, config.train_split)
+    windows.numbers(windows.rows(config.test_split))
+    for each in (run, *(member.run for member in members)):
+        require_corners(config.crops, each.config.data.size, each.config.clip.size)
+    for member in members:
+        _require_alike(run, windows.labels, member)
+
+
+def _require_alike(run: Run, labels: tuple[str, ...], member: FineTuned) -> None:
+    if member.labels != labels:
+        raise InvalidInput(f"with: expected the labels of {run.folder}, got those of {member.run.folder}")
+    other = run.index.difference(member.run.index)
+    if other is not None:
+        raise InvalidInput(f"with: expected the videos of {run.folder}, {member.run.folder} has others: {other}")
+
+
 def judge(members: Sequence[FineTuned], *, crops: Crops | None = None, split: str | None = None) -> Scores:
     """Test accuracy of one fine-tuned classifier, or of the mean of several ones' probabilities (two-stream).
 
@@ -103,13 +131,12 @@ def judge(members: Sequence[FineTuned], *, crops: Crops | None = None, split: st
     crops, name = first.config.crops if crops is None else crops, split or first.config.test_split
     found: list[tuple[F64, I64, I64]] = []
     for member in members:
-        if member.labels != first.labels:
-            raise InvalidInput(f"with: expected the labels of {first.run.folder}, got those of {member.run.folder}")
+        _require_alike(first.run, first.labels, member)
         cache, table = windows_of(member.run)
         windows = LabelledWindows(run=member.run, cache=cache, table=table, labels=member.labels)
         found.append(windows.per_video(member.classifier(crops), windows.rows(name)))
         if found[-1][1].tolist() != found[0][1].tolist() or found[-1][2].tolist() != found[0][2].tolist():
-            raise InvalidInput(f"with: expected the test videos of {first.run.folder}, got others")
+            raise InvalidInput(f"with: expected the windows of {first.run.folder}, got some of other videos")
     told = [f"{each.run.folder.name}: {each.config.view}, {each.config.layers}" for each in members]
     settings: dict[str, Any] = {"members": told, "crops": crops, "test_videos": len(found[0][1]), "split": name}
     mean = np.mean([probabilities for probabilities, _, _ in found], axis=0)

@@ -121,7 +121,7 @@ def windows_of(run: Run) -> tuple[ClipCache, ClipTable]:
     """The run's cache and the half-overlapping windows that its features are of.
 
     Raises:
-        InvalidInput: the cache was built for other videos since.
+        InvalidInput: the cache was built for other videos since, or with frames of another size.
         StoreError: it cannot be read.
     """
     clip = run.config.clip
@@ -133,6 +133,8 @@ def windows_of(run: Run) -> tuple[ClipCache, ClipTable]:
             f"cache: {cache.folder} was built for other videos than {run.folder} was trained on: {other}; build it for "
             "the run's again, as cascade train --resume does by its config's source (what it kept is not decoded anew)"
         )
+    if cache.size != run.config.data.size:
+        raise InvalidInput(f"cache: expected frames of side {run.config.data.size}, {cache.folder} has {cache.size}")
     return cache, cut(cache, span, max(1, span // 2))
 
 

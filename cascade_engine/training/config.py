@@ -254,8 +254,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Refuse seeds, devices, views and phases which do not exist."""
-        if not 0 <= self.seed < SEEDS:
-            raise InvalidInput(f"seed: expected a number from 0 to {SEEDS - 1}, got {self.seed}")
+        require_seed(self.seed)
         try:
             torch.device("cpu" if self.device == "auto" else self.device)
         except RuntimeError:
@@ -280,6 +279,16 @@ class TrainConfig:
     def course(self) -> TrainConfig:
         """The config with defaults for what changes nothing that is trained: `output`, and `data.workers`."""
         return replace(self, output=OutputConfig(), data=replace(self.data, workers=0))
+
+
+def require_seed(seed: int) -> None:
+    """Refuse a seed that no generator takes.
+
+    Raises:
+        InvalidInput: it is negative or too large.
+    """
+    if not 0 <= seed < SEEDS:
+        raise InvalidInput(f"seed: expected a number from 0 to {SEEDS - 1}, got {seed}")
 
 
 def _check_phase(phase: PhaseConfig, place: str, config: TrainConfig, known: dict[str, PhaseConfig]) -> None:

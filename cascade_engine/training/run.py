@@ -85,8 +85,17 @@ class Run:
 
     @property
     def versions(self) -> dict[str, Any]:
-        """What versions.json says: versions, git commit, seed, machine, the cache's folder."""
-        found: dict[str, Any] = json.loads((self.folder / "versions.json").read_text(encoding="utf-8"))
+        """What versions.json says: versions, git commit, seed, machine, the cache's folder.
+
+        Raises:
+            InvalidInput: it is not there, or not what a run writes.
+        """
+        path = self.folder / "versions.json"
+        try:
+            found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            found["cache"]
+        except (OSError, ValueError, TypeError, KeyError):
+            raise InvalidInput(f"{path}: expected what a run notes there; train --resume writes it again") from None
         return found
 
     @property
@@ -178,12 +187,15 @@ class Run:
 
     def note_data(self, cache: Any) -> None:
         """Keep the videos' index, and where the cache is, beside versions and seed."""
-        partial = self.index_path.with_name(f".{self.index_path.name}.partial")
-        cache.index.to_csv(partial)
-        partial.replace(self.index_path)  # never half an index, which no videos would fit
         where = str(cache.folder.absolute()) if isinstance(cache, ClipCache) else ""
         told = {**versions(), "seed": self.config.seed, "cache": where}
-        (self.folder / "versions.json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+        for name, write in (
+            (self.index_path.name, cache.index.to_csv),
+            ("versions.json", lambda file: file.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")),
+        ):
+            partial = self.folder / f".{name}.partial"
+            write(partial)
+            partial.replace(self.folder / name)  # never half of one, which nothing would fit
 
     @property
     def metrics(self) -> list[dict[str, Any]]:

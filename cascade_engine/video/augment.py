@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -78,7 +79,7 @@ class Augment:
         spread = (self.brightness, self.contrast, self.saturation, self.hue, self.tempo, self.drift)
         if self.size < 1 or any(not 0 <= chance <= 1 for chance in (*chances, *spread)):
             raise InvalidInput(f"augment: expected a size of at least 1 and shares in [0, 1], got {self}")
-        if self.area[0] <= 0 or any(list(values) != sorted(values) for values in ranges):
+        if self.area[0] <= 0 or any(not a <= b for values in ranges for a, b in pairwise(values)):
             raise InvalidInput(f"augment: expected ascending ranges, the area within (0, 1], got {self}")
 
     def draw(self, count: int, generator: Generator) -> Draws:
