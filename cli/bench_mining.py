@@ -12,6 +12,8 @@ from click.core import ParameterSource
 
 from cascade_engine.errors import CascadeError, InvalidInput
 
+from .values import NewFile
+
 _CASES = {"names", "groups", "quick"}
 # what to do instead of measuring, and the options that it heeds
 _INSTEAD = {
@@ -32,7 +34,7 @@ _INSTEAD = {
 @click.option("--backend", help="The engine's backend; cuda moves every contestant to the GPU.")
 @click.option("--threads", default=2, show_default=True, type=click.IntRange(1), help="Threads for each contestant.")
 @click.option("--rounds", default=7, show_default=True, type=click.IntRange(1), help="Interleaved rounds.")
-@click.option("--json", "to", type=click.Path(dir_okay=False, path_type=Path), help="Write the results here.")
+@click.option("--json", "to", type=NewFile(), help="Write the results here.")
 @click.option(
     "--from",
     "source",
@@ -40,10 +42,10 @@ _INSTEAD = {
     help="Show results measured before.",
 )
 @click.option("--table", is_flag=True, help="Print the README's table.")
-@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw the results into this PNG or SVG.")
+@click.option("--plot", type=NewFile(".png", ".svg"), help="Draw the results into this PNG or SVG.")
 @click.option("--memory", is_flag=True, help="Measure peak memory beyond the bank at K = 2^20, B = 1024 instead.")
 @click.option("--loss", is_flag=True, help="Measure the loss, forward and backward, instead.")
-@click.option("--profile", type=click.Path(dir_okay=False, path_type=Path), help="Write a torch.profiler trace here.")
+@click.option("--profile", type=NewFile(), help="Write a torch.profiler trace here.")
 @click.pass_context
 def command(
     ctx: click.Context,

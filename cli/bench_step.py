@@ -7,6 +7,8 @@ from pathlib import Path
 
 import click
 
+from .values import NewFile
+
 
 @click.command("step")
 @click.option("--batch", default=32, show_default=True, type=click.IntRange(1), help="Clips of a step.")
@@ -14,7 +16,7 @@ import click
 @click.option("--threads", default=2, show_default=True, type=click.IntRange(1), help="Threads for each contestant.")
 @click.option("--rounds", default=5, show_default=True, type=click.IntRange(1), help="Interleaved rounds.")
 @click.option("--large/--no-large", default=True, help="Also a step of R3D-18, which takes a minute.")
-@click.option("--json", "to", type=click.Path(dir_okay=False, path_type=Path), help="Write the results here.")
+@click.option("--json", "to", type=NewFile(), help="Write the results here.")
 def command(batch: int, keys: int, threads: int, rounds: int, large: bool, to: Path | None) -> None:
     """The share of a training step that mining and the loss take, by the engine, by torch, by the published loop.
 

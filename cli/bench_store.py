@@ -11,15 +11,23 @@ from pathlib import Path
 
 import click
 
+from .values import Finite, NewFile
+
 
 @click.command("store")
 @click.option("--rows", default=1_000_000, show_default=True, type=click.IntRange(2048), help="Clips to read from.")
 @click.option("--dim", default=128, show_default=True, type=click.IntRange(1), help="Width of the view.")
 @click.option("--rounds", default=7, show_default=True, type=click.IntRange(1), help="Interleaved rounds.")
-@click.option("--seconds", default=2.0, show_default=True, help="Length of each append measurement; 0 leaves them out.")
+@click.option(
+    "--seconds",
+    default=2.0,
+    show_default=True,
+    type=Finite(0),
+    help="Length of each append measurement; 0 leaves them out.",
+)
 @click.option("--large", default=0, type=click.IntRange(0), help="Instead: mine a store of so many clips, in float16.")
 @click.option("--folder", type=click.Path(exists=True, file_okay=False, path_type=Path), help="Which disk to measure.")
-@click.option("--json", "to", type=click.Path(dir_okay=False, path_type=Path), help="Write the results here.")
+@click.option("--json", "to", type=NewFile(), help="Write the results here.")
 def command(rows: int, dim: int, rounds: int, seconds: float, large: int, folder: Path | None, to: Path | None) -> None:
     """Scan, random gather, open and append against np.memmap, zarr, tensorstore, h5py and Lance.
 

@@ -9,6 +9,8 @@ from typing import Any
 
 import click
 
+from .values import NewFile
+
 
 @click.command("training")
 @click.option("--method", "names", multiple=True, help="Only this method; repeatable. By default all.")
@@ -30,7 +32,7 @@ import click
 @click.option("--probe/--no-probe", default=True, show_default=True, help="Fit the linear probe, a third of the time.")
 @click.option("--data", default="cache", show_default=True, help="Folder that keeps the videos and their features.")
 @click.option("--threads", default=1, show_default=True, type=click.IntRange(1), help="Threads of torch.")
-@click.option("--json", "to", type=click.Path(dir_okay=False, path_type=Path), help="Write the results here.")
+@click.option("--json", "to", type=NewFile(), help="Write the results here.")
 @click.option(
     "--from",
     "sources",
@@ -38,7 +40,7 @@ import click
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="Show results measured before; repeatable, for runs with other seeds.",
 )
-@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw the results into this PNG or SVG.")
+@click.option("--plot", type=NewFile(".png", ".svg"), help="Draw the results into this PNG or SVG.")
 def command(
     names: tuple[str, ...],
     seeds: int,

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from .values import SEED
+
 
 @click.command("demo")
 @click.option(
@@ -16,7 +18,7 @@ import click
 @click.option(
     "--folder", default="demo", show_default=True, type=click.Path(path_type=Path), help="Everything goes here."
 )
-@click.option("--seed", default=0, show_default=True, help="Of every random draw.")
+@click.option("--seed", default=0, show_default=True, type=SEED, help="Of every random draw.")
 def command(videos: Path | None, folder: Path, seed: int) -> None:
     """The whole method once, thinly but for real: video in, label out.
 

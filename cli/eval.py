@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from .values import SEED, SHARE, NewFile
+
 if TYPE_CHECKING:
     from cascade_engine.evaluation.features import Scores
     from cascade_engine.evaluation.of_run import Splits
@@ -33,7 +35,7 @@ def command() -> None:
 def _choices(function: Callable[..., None]) -> Callable[..., None]:
     """The options that the protocols on splits share."""
     for option in (
-        click.option("-o", "--output", type=click.Path(path_type=Path), help="Also write a page with plots here."),
+        click.option("-o", "--output", type=NewFile(), help="Also write a page with plots here."),
         click.option("--json", "as_json", is_flag=True, help="Print JSON."),
         click.option("--test", "test_split", default="test", show_default=True, help="The split that is asked."),
         click.option("--train", "train_split", default="train", show_default=True, help="The split learnt from."),
@@ -145,8 +147,10 @@ def _knn(
 
 @command.command("linear")
 @_choices
-@click.option("--validation", default=0.2, show_default=True, help="Share of training videos that choose the L2.")
-@click.option("--seed", default=0, show_default=True, help="Of the draw of validation videos.")
+@click.option(
+    "--validation", default=0.2, show_default=True, type=SHARE, help="Share of training videos that choose the L2."
+)
+@click.option("--seed", default=0, show_default=True, type=SEED, help="Of the draw of validation videos.")
 def _linear(
     run: Path,
     view: str | None,

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, cast
 
 import click
 
+from .values import SEED, Finite
+
 if TYPE_CHECKING:
     from cascade_engine.deployment.classifier import Crops
 
@@ -19,13 +21,23 @@ if TYPE_CHECKING:
 @click.option("--layers", default="all", show_default=True, type=click.Choice(["all", "head"]), help="What learns.")
 @click.option("--epochs", default=20, show_default=True, type=click.IntRange(1))
 @click.option("--batch", default=32, show_default=True, type=click.IntRange(1), help="Clips per step.")
-@click.option("--lr", type=float, help="Highest learning rate; by default 1e-3 for all layers, 1e-2 for the head.")
-@click.option("--area", default=0.8, show_default=True, help="Smallest share of a picture that a crop shows.")
+@click.option(
+    "--lr",
+    type=Finite(0, min_open=True),
+    help="Highest learning rate; by default 1e-3 for all layers, 1e-2 for the head.",
+)
+@click.option(
+    "--area",
+    default=0.8,
+    show_default=True,
+    type=Finite(0, 1, min_open=True),
+    help="Smallest share of a picture that a crop shows.",
+)
 @click.option("--crops", default="1", show_default=True, type=click.Choice(["1", "2", "5", "10"]), help="Of the test.")
 @click.option(
     "--with", "others", multiple=True, type=click.Path(path_type=Path), help="A fine-tuned folder to average."
 )
-@click.option("--seed", default=0, show_default=True)
+@click.option("--seed", default=0, show_default=True, type=SEED, help="Of every random draw.")
 @click.option("--train", "train_split", default="train", show_default=True, help="The split learnt from.")
 @click.option("--test", "test_split", default="test", show_default=True, help="The split tested once, at the end.")
 @click.option("--to", "target", type=click.Path(path_type=Path), help="Folder of the result; RUN/finetuned-VIEW.")
@@ -60,13 +72,13 @@ def command(
     """
     from cascade_engine.deployment.finetune import finetune
     from cascade_engine.deployment.finetuned import FinetuneConfig, FineTuned
-    from cascade_engine.deployment.judging import judge
+    from cascade_engine.deployment.judging import judge, require_judgeable
     from cascade_engine.training.run import Run
 
     from .progress import bar
 
     opened = Run.open(run)
-    members = [FineTuned.open(other) for other in others]  # refused before anything is trained
+    members = [FineTuned.open(other) for other in others]
     config = FinetuneConfig(
         view=view or opened.views[0],
         phase=phase,
@@ -80,9 +92,11 @@ def command(
         train_split=train_split,
         test_split=test_split,
     )
+    folder = target or opened.folder / f"finetuned-{config.view}"
+    require_judgeable(opened, config, members)  # what is refused is refused before anything is trained
+    folder.mkdir(parents=True, exist_ok=True)
     with bar("epochs", epochs) as advance:
         tuned = finetune(opened, config, progress=lambda *_: advance())
-    folder = target or opened.folder / f"finetuned-{config.view}"
     tuned.save(folder)
     found = {"alone": judge([tuned])}
     if members:

@@ -6,15 +6,17 @@ from pathlib import Path
 
 import click
 
+from .values import SEED, NewFile
+
 
 @click.command("report")
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option("-o", "--output", default="report.html", show_default=True, type=click.Path(path_type=Path))
+@click.option("-o", "--output", default="report.html", show_default=True, type=NewFile(), help="The file.")
 @click.option("--plan", help="The plan shown and measured; the last mining phase's own by default.")
 @click.option("--queries", default=6, show_default=True, type=click.IntRange(1), help="Queries shown stage by stage.")
 @click.option("--train", "train_split", default="train", show_default=True, help="The split mined and searched in.")
 @click.option("--test", "test_split", default="test", show_default=True, help="The split that asks.")
-@click.option("--seed", default=0, show_default=True, help="Of the draw of queries.")
+@click.option("--seed", default=0, show_default=True, type=SEED, help="Of the draw of queries.")
 def command(
     run: Path, output: Path, plan: str | None, queries: int, train_split: str, test_split: str, seed: int
 ) -> None:

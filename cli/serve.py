@@ -8,6 +8,8 @@ import click
 
 from cascade_engine.errors import BackendUnavailable
 
+from .values import Finite
+
 
 @click.command("serve")
 @click.option("--model", required=True, type=click.Path(path_type=Path), help="The exported model, .pt2 or .onnx.")
@@ -15,10 +17,10 @@ from cascade_engine.errors import BackendUnavailable
     "--host", default="127.0.0.1", show_default=True, help="Address to listen on; only this machine by default."
 )
 @click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535))
-@click.option("--max-megabytes", default=200.0, show_default=True, type=click.FloatRange(0, min_open=True))
-@click.option("--max-seconds", default=300.0, show_default=True, type=click.FloatRange(0, min_open=True))
+@click.option("--max-megabytes", default=200.0, show_default=True, type=Finite(0, min_open=True))
+@click.option("--max-seconds", default=300.0, show_default=True, type=Finite(0, min_open=True))
 @click.option(
-    "--max-pixels", default=20e9, show_default=True, type=click.FloatRange(1), help="Of all frames of a video together."
+    "--max-pixels", default=20e9, show_default=True, type=Finite(1), help="Of all frames of a video together."
 )
 def command(model: Path, host: str, port: int, max_megabytes: float, max_seconds: float, max_pixels: float) -> None:
     """Serve a model: POST a video to /classify, or drop one on the page at /.

@@ -10,6 +10,7 @@ import click
 
 from .printing import as_json, sized, table
 from .store_places import in_phase, store_from
+from .values import Finite
 
 if TYPE_CHECKING:
     from cascade_engine.store import FeatureStore
@@ -101,7 +102,7 @@ def _about(store: FeatureStore) -> dict[str, Any]:
     "--margin",
     default=0.0,
     show_default=True,
-    type=click.FloatRange(0),
+    type=Finite(0),
     help="Seconds around it that overlap too.",
 )
 @click.option(

@@ -5,6 +5,7 @@ import re
 import shutil
 from dataclasses import replace
 
+import click
 import numpy as np
 import pytest
 import runs
@@ -19,6 +20,7 @@ from cascade_engine.evaluation.features import side_by_side
 from cascade_engine.evaluation.mining import mining
 from cascade_engine.evaluation.neighbours import retrieval
 from cascade_engine.evaluation.of_run import collect, windows_of
+from cascade_engine.evaluation.probe import linear_probe
 from cascade_engine.evaluation.run_report import ReportConfig, report_run, sample_queries
 from cascade_engine.store import FeatureStore
 from cascade_engine.training.extraction import write_features
@@ -205,6 +207,66 @@ def test_people_get_a_table(run):
     assert "plan residual:50%,rgb:3" in text
     assert "precision 0." in text or "precision 1." in text
     assert json.loads(cascade("eval", "mining", run.folder, "--json", "--plan", "rgb:2"))["plan"] == "rgb:2"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["report", "RUN", "--seed", "-1"], "-1 is not in the range x>=0"),
+        (["eval", "linear", "RUN", "--seed", "-1"], "-1 is not in the range x>=0"),
+        (["eval", "linear", "RUN", "--validation", "nan"], "'nan' is not a finite number"),
+        (["eval", "retrieval", "RUN", "-o", "none/x.html"], "there is no folder 'none'"),
+        (["report", "RUN", "-o", "none/x.html"], "there is no folder 'none'"),
+        (["finetune", "RUN", "--seed", "-1"], "-1 is not in the range x>=0"),
+        (["finetune", "RUN", "--lr", "inf"], "'inf' is not a finite number"),
+        (["finetune", "RUN", "--area", "nan"], "'nan' is not a finite number"),
+        (["finetune", "RUN", "--to", __file__], "File exists"),
+        (["finetune", "RUN", "--test", "nowhere"], "labelled windows in 'nowhere'"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_before_the_work(run, monkeypatch, arguments, message):
+    def nothing(*_, **__):
+        raise AssertionError("refused after the work")
+
+    monkeypatch.setattr("cascade_engine.deployment.finetune.finetune", nothing)
+    monkeypatch.setattr("cascade_engine.evaluation.of_run.collect", nothing)
+    monkeypatch.setattr("cascade_engine.evaluation.run_report.report_run", nothing)
+    with pytest.raises((click.UsageError, InvalidInput, FileExistsError), match=message):
+        cascade(*(str(run.folder) if each == "RUN" else each for each in arguments))
+
+
+def test_seeds_are_refused_by_the_functions_as_by_the_commands(run):
+    splits = collect(run, "rgb")
+    for asked in (lambda: ReportConfig(seed=-1), lambda: linear_probe(splits.test, splits.train, seed=-1)):
+        with pytest.raises(InvalidInput, match="seed: expected a number from 0"):
+            asked()
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", None])
+def test_a_note_of_versions_that_is_not_whole_is_told(shared, text):
+    run, _ = shared
+    note = run.folder / "versions.json"
+    note.unlink()
+    if text is not None:
+        note.write_text(text)
+    with pytest.raises(InvalidInput, match=r"versions.json: expected what a run notes there"):
+        collect(run, "rgb", kind="pixels")
+
+
+def test_notes_are_written_beside_and_moved_into_place(shared, monkeypatch):
+    run, _ = shared
+    before = {name: (run.folder / name).read_bytes() for name in ("index.csv", "versions.json")}
+    cache = windows_of(run)[0]
+    monkeypatch.setattr("pathlib.Path.replace", lambda self, target: None)  # killed before either was moved
+    run.note_data(cache)
+    assert {name: (run.folder / name).read_bytes() for name in before} == before
+
+
+def test_a_cache_of_another_size_is_refused(shared):
+    run, _ = shared
+    resized = Run(run.folder, replace(run.config, data=replace(run.config.data, size=36)))
+    with pytest.raises(InvalidInput, match=r"expected frames of side 36, .* has 40"):
+        windows_of(resized)
 
 
 def test_the_report_holds_every_part_and_fetches_nothing(run, tmp_path):

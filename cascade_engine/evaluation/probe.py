@@ -17,6 +17,7 @@ from cascade_engine.evaluation.features import (
     mean_per_video,
     require_comparable,
 )
+from cascade_engine.training.config import require_seed
 
 if TYPE_CHECKING:
     import torch
@@ -29,9 +30,13 @@ def validation_videos(train: FeatureSet, share: float, seed: int) -> I64:
     """The training videos held out for choices: of each class with two or more, `share` of them, at least one.
 
     The draw depends on the seed and on the videos' ids, not on the order of rows.
+
+    Raises:
+        InvalidInput: a share outside (0, 1), or a seed that no generator takes.
     """
     if not 0 < share < 1:
         raise InvalidInput(f"validation: expected a share in (0, 1), got {share}")
+    require_seed(seed)
     generator = np.random.default_rng(seed)
     held: list[int] = []
     for label in np.unique(train.label):
@@ -57,7 +62,8 @@ def linear_probe(
     rows at once, from zero: no step is random, and equal inputs give equal bits.
 
     Raises:
-        InvalidInput: splits of different widths or classes, no class with two videos, or a negative strength.
+        InvalidInput: splits of different widths or classes, no class with two videos, a negative strength, or
+            a share or seed out of range.
     """
     require_comparable(test, train)
     if not strengths or min(strengths) < 0:

@@ -26,6 +26,7 @@ from cascade_engine.evaluation.page import (
 )
 from cascade_engine.evaluation.report import Pixels, cascade_strip, project, trace_cascade
 from cascade_engine.plan import CascadePlan
+from cascade_engine.training.config import require_seed
 from cascade_engine.training.run import INITIAL, Run
 from cascade_engine.video.cache import ClipCache
 from cascade_engine.video.clips import ClipTable
@@ -55,6 +56,10 @@ class ReportConfig:
     train_split: str = "train"
     test_split: str = "test"
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse a seed that no generator takes."""
+        require_seed(self.seed)
 
 
 def report_run(run: Run, path: str | Path, config: ReportConfig | None = None) -> Path:
