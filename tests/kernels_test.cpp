@@ -361,6 +361,7 @@ int main(int count, char** words) {
         cpu::Kernels pieces = isa.kernels();
         pieces.tiles8 = nullptr;
         pieces.piece16 = cpu::lanes16 * (1 + family % 3);
+        pieces.rows16 = 1;
         cpu::Bank in_pieces(matrices(p, p.key, p.keys), p.key_video.data(), p.metric, pieces);
         Problem few = p;  // of which the second stage's scores are there for even families
         few.stages[0].keep = p.keys / (family % 2 == 0 ? 20 : 40);
@@ -368,6 +369,7 @@ int main(int count, char** words) {
           few.stages[s].keep = std::min(few.stages[s].keep, few.stages[0].keep);
           few.stages[s].over_bank = false;
         }
+        failures += !answers_right(p, in_pieces, isa.name, 3, "few at once");
         failures += !answers_right(few, in_pieces, isa.name, 2, "in pieces");
         few.masked.resize(p.batch * p.keys);
         for (uint8_t& each : few.masked) each = rng() % (family % 3 == 0 ? 1000 : 2) == 0 ? 0 : 1;

@@ -192,7 +192,7 @@ def test_a_few_of_a_bank_large_enough_for_8_bits_everywhere(family, text):
 @pytest.mark.parametrize("masked", [False, True])
 def test_a_large_bank_is_searched_piece_by_piece(masked):
     rng = np.random.default_rng(6)
-    keys, size, batch = 40_000, {"a": 16, "b": 5}, 20
+    keys, size, batch = 70_000, {"a": 16, "b": 5}, 20
     features = {view: rng.standard_normal((keys, dim)).astype(np.float32) for view, dim in size.items()}
     features["a"][::3] = np.round(features["a"][::3])  # ties
     queries = {view: rng.standard_normal((batch, dim)).astype(np.float32) for view, dim in size.items()}

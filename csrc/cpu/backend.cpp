@@ -15,30 +15,9 @@ constexpr int64_t small_bank = 512;            // keys: below, scoring exactly c
 constexpr int64_t packing_pays_from = 16;      // queries: packing costs about as much as scoring so many exactly
 constexpr int64_t turns_before_learning = 16;  // of a queue: features drift in training, and with them their mean
 constexpr int64_t most_dims8 = 1 << 16;        // 128 * 127 times as much fits the 32 bits of their sums
-constexpr int64_t some_queries16 = 8;          // a thread takes so many at a time where a tile is no larger
 // A row that is picked out of a mapped file is taken to map so much: of rows that lie together each one maps less, and
 // of rows far apart up to a whole folio.
 constexpr int64_t picked_row = 4 * Residency::around;
-
-// Where the runs of consecutive queries begin that threads take in turns, and the end of the last. They grow smaller,
-// so that all threads are done at about the same time, but have `together` queries or a thread's share, whichever is
-// less.
-std::vector<int64_t> split(int64_t batch, int64_t threads, int64_t together) {
-  if (threads == 1) together = batch;
-  const int64_t least = std::min(together, (batch + threads - 1) / threads);
-  std::vector<int64_t> begin{0};
-  while (begin.back() < batch) {
-    const int64_t share = 2 * (batch - begin.back()) / (3 * threads);
-    begin.push_back(std::min(batch, begin.back() + std::max(least, (share + together / 2) / together * together)));
-  }
-  return begin;
-}
-
-template <class Work>
-void share_queries(int64_t batch, int64_t together, const Control& control, const Work& work) {
-  const std::vector<int64_t> begin = split(batch, std::max(1, control.threads), together);
-  run_parts(static_cast<int>(begin.size()) - 1, control, [&](int part, int) { work(begin[part], begin[part + 1]); });
-}
 
 std::vector<int64_t> rows_between(int64_t begin, int64_t end) {
   std::vector<int64_t> rows(end - begin);
@@ -236,12 +215,9 @@ void mine(Bank& bank, std::span<const Stage> stages, std::span<const Matrix> que
     });
   }
   std::vector<StagePacks> packed;
-  const int64_t together = std::max<int64_t>(some_queries16, bank.kernels().least16);
   if (fast && by_rank) {
     for (const int32_t view : first.views) packed.push_back({&bank.packed16({&view, 1}, control)});
-    return share_queries(batch, together, control, [&](int64_t begin, int64_t end) {
-      exact_queries(call, rank_queries(call, packed, begin, end));
-    });
+    return rank_queries(call, packed, batch, control);
   }
   if (fast) {
     for (const Stage& stage : stages) {
@@ -254,8 +230,7 @@ void mine(Bank& bank, std::span<const Stage> stages, std::span<const Matrix> que
         for (const int32_t view : stage.views) packs.push_back(&bank.packed16({&view, 1}, control));
       }
     }
-    return share_queries(batch, together, control,
-                         [&](int64_t begin, int64_t end) { dense_queries(call, packed, begin, end); });
+    return dense_queries(call, packed, batch, control);
   }
   share_queries(batch, 1, control, [&](int64_t begin, int64_t end) { exact_queries(call, rows_between(begin, end)); });
 }

@@ -8,69 +8,34 @@
 // and only the band between is ranked by the contract's float64 similarities. Survivors carry the scores of the views
 // that later stages need, so every view is scored once, in tiles that stream through the cache.
 //
-// Where the first stage keeps few of many keys, its scores need not be there all at once: of one piece of the bank
-// after the other, candidates are listed that reach the threshold among those listed before, less w. That threshold
-// only grows, so none is missed that the last one admits, and what a thread holds depends on what the stage keeps, not
-// on K. Where nothing can be ruled out, as among equal scores, a list is given up and its query takes the exact path.
+// Where the first stage keeps few of many keys, its scores are not there all at once: candidates are listed
+// (candidate_lists.hpp).
 //
 // A stage over the bank (`@bank`) is decided before candidates are lost: its threshold and its band are found among all
 // eligible keys, and when its turn comes candidates are held against them.
 #include <algorithm>
 #include <cmath>
-#include <limits>
+#include <memory>
+#include <optional>
 
+#include "cpu/candidate_lists.hpp"
 #include "cpu/fast.hpp"
 #include "cpu/rescore.hpp"
 #include "cpu/score_rows.hpp"
 #include "cpu/spans.hpp"
 #include "cpu/threshold.hpp"
+#include "cpu/workers.hpp"
 
 namespace cascade::cpu {
 namespace {
 
+constexpr int64_t some_listed = 8;     // queries that a thread lists at a time where a tile is no larger
 constexpr int64_t few = 24;            // so few candidates are ranked exactly at once
 constexpr int64_t worth_sharing = 64;  // candidates of a query: their rows are then other queries' too
-
-constexpr int64_t many_pieces = 4;    // a bank of fewer is scored at once
-constexpr int64_t share_listed = 16;  // a first stage that keeps one key in so many at most has its candidates listed
-constexpr int64_t share_first = 8;    // of a piece: candidates that a list has, at least, when its threshold is found
-constexpr int64_t share_lost = 4;     // of the bank: a list that is longer even then is given up
 
 struct Open {
   Ranked ranked;
   int64_t from;
-};
-
-// A query's candidates so far.
-struct List {
-  Buffer<uint32_t> position;
-  std::vector<Buffer<int16_t>> score;  // of each column
-  std::vector<int64_t> of_video;       // positions that are no candidates
-  int64_t count = 0, limit = 0;        // the threshold is found anew beyond
-  int least = no_score + 1;
-  bool is_lost = false;
-
-  void start(int64_t first_limit) {
-    count = 0;
-    limit = first_limit;
-    least = no_score + 1;
-    is_lost = false;
-  }
-  void reserve(int64_t size, int rows) {
-    const auto grow = [&](auto& buffer) {
-      if (size <= buffer.size()) return;
-      std::remove_reference_t<decltype(buffer)> larger(std::max(size, buffer.size() * 3 / 2));
-      std::copy_n(buffer.data(), count, larger.data());
-      buffer = std::move(larger);
-    };
-    grow(position);
-    for (int row = 0; row < rows; ++row) grow(score[row]);
-  }
-  Columns columns(int64_t from, int rows) {
-    Columns made{.position = position.data() + from, .score = {}};
-    for (int row = 0; row < rows; ++row) made.score[row] = score[row].data() + from;
-    return made;
-  }
 };
 
 // Candidates of the query a thread works on: kept from call to call as the score rows are.
@@ -81,7 +46,6 @@ struct Scratch {
   std::vector<int64_t> band, alive;
   std::vector<double> band_score;
   std::vector<Open> ranked_band;
-  std::vector<List> lists;
 };
 
 // What a stage over the bank decided among all eligible keys.
@@ -94,112 +58,72 @@ thread_local Scratch kept_scratch;
 
 class Dense {
  public:
-  Dense(const MineCall& call, std::span<const StagePacks> packed)
+  Dense(const MineCall& call, ScoreRows& rows)
       : call_(call),
         kernels_(call.bank->kernels()),
-        lists_(is_worth_listing(call)),
-        first_limit_(2 * std::max(call.stages[0].keep, kernels_.piece16 / share_first)),
-        rows_(call, packed, lists_ ? kernels_.piece16 / lanes16 : ScoreRows::all_blocks,
-              lists_ ? first_limit_ + kernels_.piece16 : 0),
+        rows_(rows),
         layout_(rows_.layout()),
         stages_(call.stages.begin(), call.stages.end()),
         exact_(stages_, static_cast<int64_t>(call.bank->views().size()), call.bank->size(), call.weights),
         shared_from_(std::min(rows_.stages(), call.stages.size() - 1)),
         rescorer_(call, layout_, shared_from_),
         bank_ranking_(rows_.stages()),
-        column_(rows_.columns()) {
-    scratch_.open_score.resize(std::max(scratch_.open_score.size(), rows_.columns()));
-    reserve(rows_.padded());
-    if (!lists_) return;
-    for (size_t stage = 0; stage < rows_.stages(); ++stage)
-      if (std::find(listed_.begin(), listed_.end(), rows_.column(stage)) == listed_.end())
-        listed_.push_back(rows_.column(stage));
-    scratch_.lists.resize(std::max(scratch_.lists.size(), static_cast<size_t>(rows_.at_once())));
-    for (List& list : scratch_.lists) list.score.resize(std::max(list.score.size(), listed_.size()));
-  }
-  ~Dense() {
-    if (!rows_.are_kept()) scratch_ = Scratch{};
-  }
+        column_(rows_.columns()) {}
   Dense(const Dense&) = delete;
   Dense& operator=(const Dense&) = delete;
 
-  void run(int64_t begin, int64_t end) {
+  // Scores the queries piece by piece and answers them from lists.
+  void run_listed(int64_t begin, int64_t end) {
+    enter();
+    lists_.emplace(call_, rows_);
     for (int64_t first = begin; first < end && !should_stop(); first += rows_.at_once()) {
       const int64_t count = std::min(rows_.at_once(), end - first);
-      for (int64_t i = 0; i < count && lists_; ++i) {
-        scratch_.lists[i].start(first_limit_);
-        rows_.find_video(first + i, scratch_.lists[i].of_video);
-      }
+      for (int64_t i = 0; i < count; ++i) lists_->start(first + i, i);
       for (int64_t piece = 0; piece < rows_.pieces(); ++piece) {
-        if (!rows_.score(first, count, piece)) return;
-        for (int64_t i = 0; i < count && lists_; ++i) list(first + i, i);
+        if (!rows_.score_piece(first, count, piece)) return;
+        for (int64_t i = 0; i < count; ++i) {
+          rows_.fuse(first, i);
+          lists_->add(first + i, i);
+        }
       }
       for (int64_t i = 0; i < count; ++i) cascade(first + i, i);
     }
-    rescorer_.finish();
+    finish();
   }
 
+  // Answers the queries first + [begin, end), those from `first` on being scored; some not before `finish`.
+  void run(int64_t first, int64_t begin, int64_t end) {
+    enter();
+    for (int64_t i = begin; i < end && !should_stop(); ++i) {
+      rows_.fuse(first, i);
+      cascade(first + i, i);
+    }
+  }
+  void finish() { rescorer_.finish(); }
+
  private:
-  static bool is_worth_listing(const MineCall& call) {
-    const auto over_bank = [](const Stage& stage) { return stage.over_bank; };
-    return call.bank->size() >= many_pieces * call.bank->kernels().piece16 &&
-           call.stages[0].keep <= call.bank->size() / share_listed &&
-           std::none_of(call.stages.begin() + 1, call.stages.end(), over_bank);
+  // To be called by the thread that goes on with this object.
+  void enter() {
+    scratch_ = rows_.are_kept() ? &kept_scratch : &own_scratch_;
+    scratch_->open_score.resize(std::max(scratch_->open_score.size(), rows_.columns()));
+    reserve(rows_.padded());
   }
 
   // Of candidates at most.
   void reserve(int64_t count) {
-    scratch_.position.reserve(count);
-    scratch_.open_position.reserve(count);
-    scratch_.middle.reserve(count);
-    for (size_t each = 0; each < rows_.columns(); ++each) scratch_.open_score[each].reserve(count);
-  }
-
-  // Lists a query's candidates of the piece that was scored last.
-  void list(int64_t row, int64_t query) {
-    const Span span(Phase::select);
-    const int rows = static_cast<int>(listed_.size());
-    List& list = scratch_.lists[query];
-    list.is_lost = list.is_lost || !(rows_.error(0, query) < hopeless16);
-    if (list.is_lost) return;
-    Columns from{.position = nullptr, .score = {}};
-    for (int each = 0; each < rows; ++each) from.score[each] = rows_.row(listed_[each], query);
-    rows_.mark(row, from.score[0], list.of_video);
-    list.reserve(list.limit + rows_.padded(), rows);
-    const Columns kept = list.columns(list.count, rows), open = opened(rows);
-    list.count +=
-        kernels_.split16(from, rows_.first_position(), rows_.positions(), rows, list.least, list.least, kept, open)
-            .kept;
-    if (list.count > list.limit) tighten(list, query);
-  }
-
-  // Finds the threshold anew and drops what is below.
-  void tighten(List& list, int64_t query) {
-    const int rows = static_cast<int>(listed_.size()), width = width_of(rows_.error(0, query));
-    reserve(list.count + 3 * lanes16);
-    const Columns all = list.columns(0, rows);
-    const int64_t n = pad_scores(all.score[0], list.count);
-    const Threshold theta =
-        find_threshold(kernels_, all.score[0], n, list.count, call_.stages[0].keep, width / 8, scratch_.middle.data());
-    list.least = std::max(theta.low - width + 1, no_score + 1);
-    list.count = kernels_.split16(all, 0, n, rows, list.least, list.least, all, opened(rows)).kept;
-    list.limit = std::max(first_limit_, 2 * list.count);
-    list.is_lost = list.count > layout_.keys / share_lost;
+    scratch_->position.reserve(count);
+    scratch_->open_position.reserve(count);
+    scratch_->middle.reserve(count);
+    for (size_t each = 0; each < rows_.columns(); ++each) scratch_->open_score[each].reserve(count);
   }
 
   // Makes a query's list the candidates that stages go on with; returns how many they are.
   int64_t take_list(int64_t query) {
-    List& list = scratch_.lists[query];
-    reserve(list.count + 3 * lanes16);
-    std::copy_n(list.position.data(), list.count, scratch_.position.data());
-    for (size_t each = 0; each < listed_.size(); ++each) column_[listed_[each]] = list.score[each].data();
-    return list.count;
-  }
-
-  Columns opened(int rows) {
-    Columns open{.position = scratch_.open_position.data(), .score = {}};
-    for (int row = 0; row < rows; ++row) open.score[row] = scratch_.open_score[row].data();
-    return open;
+    const int64_t count = lists_->count(query);
+    reserve(count + 3 * lanes16);
+    std::copy_n(lists_->positions(query), count, scratch_->position.data());
+    lists_->scores(query, column_);
+    return count;
   }
 
   // One query's stages. Candidates are columns: first all positions, then lists, compacted in place.
@@ -213,7 +137,7 @@ class Dense {
     std::copy(call_.stages.begin(), call_.stages.end(), stages_.begin());
     stages_.front().over_bank = false;             // all eligible keys are candidates then
     const size_t decided = rank_bank(row, query);  // no stage over the bank before it needs all similarities
-    bool listed = lists_ && !scratch_.lists[query].is_lost;
+    bool listed = lists_ && !lists_->is_lost(query);
     if (lists_ && !listed) return exact_.run(exact_.eligible(), 0, *call_.answer);
     int64_t alive = listed ? take_list(query) : rows_.mark(row, column_[rows_.column(0)]);
     size_t number = 0;
@@ -229,9 +153,8 @@ class Dense {
       }
       const int64_t keep = std::min(stage.keep, alive);
       if (listed && keep == alive && !last) continue;
-      const double error = rows_.error(number, query);
-      if (!(error < hopeless16)) break;
-      alive = narrow_down(stage, number, last, listed, alive, keep, width_of(error));
+      if (!(rows_.error(number, query) < hopeless16)) break;
+      alive = narrow_down(stage, number, last, listed, alive, keep, rows_.width(number, query));
       listed = true;
       if (last) break;
     }
@@ -239,16 +162,14 @@ class Dense {
     if (!listed) return exact_.run(exact_.eligible(), 0, *call_.answer);
     if (number == shared_from_ && alive >= worth_sharing && call_.is_plain(call_.stages[number]) &&
         call_.knows_weights(row)) {
-      std::sort(scratch_.position.data(), scratch_.position.data() + alive);
+      std::sort(scratch_->position.data(), scratch_->position.data() + alive);
       return rescorer_.add(row,
-                           {reinterpret_cast<const int32_t*>(scratch_.position.data()), static_cast<size_t>(alive)});
+                           {reinterpret_cast<const int32_t*>(scratch_->position.data()), static_cast<size_t>(alive)});
     }
-    scratch_.alive.resize(alive);
-    for (int64_t i = 0; i < alive; ++i) scratch_.alive[i] = layout_.slot(scratch_.position[i]);
-    exact_.run(scratch_.alive, number, *call_.answer);
+    scratch_->alive.resize(alive);
+    for (int64_t i = 0; i < alive; ++i) scratch_->alive[i] = layout_.slot(scratch_->position[i]);
+    exact_.run(scratch_->alive, number, *call_.answer);
   }
-
-  static int width_of(double error) { return static_cast<int>(std::floor(1 + 2 * error)) + 1; }
 
   // Decides the stages over the bank from the second on, as many as bounds help; returns the number after the last.
   size_t rank_bank(int64_t row, int64_t query) {
@@ -256,24 +177,23 @@ class Dense {
     for (size_t number = 1; number < rows_.stages(); ++number) {
       const Stage& stage = stages_[number];
       if (!stage.over_bank) continue;
-      const double error = rows_.error(number, query);
-      if (!(error < hopeless16)) break;
+      if (!(rows_.error(number, query) < hopeless16)) break;
       int16_t* const score = column_[rows_.column(number)];
       const int64_t eligible = rows_.mark(row, score), keep = std::min(stage.keep, eligible);
       BankRanking& ranking = bank_ranking_[number];
       ranking = {no_score + 1, no_score + 1, {}};
       decided = number + 1;
       if (keep == eligible) continue;
-      const int width = width_of(error);
+      const int width = rows_.width(number, query);
       const Threshold theta =
-          find_threshold(kernels_, score, rows_.positions(), eligible, keep, width / 8, scratch_.middle.data());
+          find_threshold(kernels_, score, rows_.positions(), eligible, keep, width / 8, scratch_->middle.data());
       ranking.low = std::max(theta.low - width + 1, no_score + 1);
       ranking.high = std::min(theta.high + width, 32768);
-      scratch_.open_score[0].reserve(rows_.padded());
-      scratch_.kept_score.reserve(rows_.padded());
+      scratch_->open_score[0].reserve(rows_.padded());
+      scratch_->kept_score.reserve(rows_.padded());
       const Columns from{.position = nullptr, .score = {score}};
-      const Columns kept{.position = scratch_.position.data(), .score = {scratch_.kept_score.data()}};
-      const Columns open{.position = scratch_.open_position.data(), .score = {scratch_.open_score[0].data()}};
+      const Columns kept{.position = scratch_->position.data(), .score = {scratch_->kept_score.data()}};
+      const Columns open{.position = scratch_->open_position.data(), .score = {scratch_->open_score[0].data()}};
       const Split found = kernels_.split16(from, 0, rows_.positions(), 1, ranking.low, ranking.high, kept, open);
       const int64_t in = settle(stage, keep, found, 1, kept, open);
       ranking.kept.assign(kept.position + found.kept, kept.position + in);
@@ -285,8 +205,8 @@ class Dense {
   // The candidates that stage `number` over the bank keeps; returns how many they are.
   int64_t meet(size_t number, int64_t alive) {
     const BankRanking& ranking = bank_ranking_[number];
-    Columns from{.position = scratch_.position.data(), .score = {}};
-    Columns open{.position = scratch_.open_position.data(), .score = {}};
+    Columns from{.position = scratch_->position.data(), .score = {}};
+    Columns open{.position = scratch_->open_position.data(), .score = {}};
     const int rows = columns(number, from, open);
     const Split found =
         kernels_.split16(from, 0, pad_scores(from.score[0], alive), rows, ranking.low, ranking.high, from, open);
@@ -304,19 +224,19 @@ class Dense {
   // exact path puts it in order anyway. Returns how many candidates are left.
   int64_t narrow_down(const Stage& stage, size_t number, bool last, bool listed, int64_t alive, int64_t keep,
                       int width) {
-    Columns from{.position = listed ? scratch_.position.data() : nullptr, .score = {}};
-    Columns open{.position = scratch_.open_position.data(), .score = {}};
+    Columns from{.position = listed ? scratch_->position.data() : nullptr, .score = {}};
+    Columns open{.position = scratch_->open_position.data(), .score = {}};
     const int rows = columns(number, from, open);
     const int64_t n = listed ? pad_scores(from.score[0], alive) : rows_.positions();
     int low = no_score + 1, high = low;
     if (keep < alive) {
       const Threshold theta =
-          find_threshold(kernels_, from.score[0], n, alive, keep, width / 8, scratch_.middle.data());
+          find_threshold(kernels_, from.score[0], n, alive, keep, width / 8, scratch_->middle.data());
       low = std::max(theta.low - width + 1, low);
       high = last ? low : theta.high + width;
     }
     Columns kept = from;
-    kept.position = scratch_.position.data();
+    kept.position = scratch_->position.data();
     const Split found = kernels_.split16(from, 0, n, rows, low, std::min(high, 32768), kept, open);
     return last ? found.kept : settle(stage, keep, found, rows, kept, open);
   }
@@ -327,7 +247,7 @@ class Dense {
     for (size_t later = number; later < rows_.stages(); ++later) {
       int16_t* const row = column_[rows_.column(later)];
       if (std::find(from.score, from.score + rows, row) != from.score + rows) continue;
-      open.score[rows] = scratch_.open_score[rows].data();
+      open.score[rows] = scratch_->open_score[rows].data();
       from.score[rows++] = row;
     }
     return rows;
@@ -337,48 +257,64 @@ class Dense {
   int64_t settle(const Stage& stage, int64_t keep, const Split& found, int rows, const Columns& kept,
                  const Columns& open) {
     const int64_t wanted = std::min(keep - found.kept, found.open);
-    scratch_.ranked_band.resize(found.open);
-    scratch_.band.resize(found.open);
-    scratch_.band_score.resize(found.open);
-    for (int64_t i = 0; i < found.open; ++i) scratch_.band[i] = layout_.slot(open.position[i]);
+    scratch_->ranked_band.resize(found.open);
+    scratch_->band.resize(found.open);
+    scratch_->band_score.resize(found.open);
+    for (int64_t i = 0; i < found.open; ++i) scratch_->band[i] = layout_.slot(open.position[i]);
     if (wanted < found.open && wanted > 0) {
       const Span repair(Phase::repair);
-      exact_.scores(stage, scratch_.band, scratch_.band_score.data());
+      exact_.scores(stage, scratch_->band, scratch_->band_score.data());
       for (int64_t i = 0; i < found.open; ++i)
-        scratch_.ranked_band[i] = {{scratch_.band_score[i], scratch_.band[i]}, i};
-      std::nth_element(scratch_.ranked_band.begin(), scratch_.ranked_band.begin() + wanted, scratch_.ranked_band.end(),
+        scratch_->ranked_band[i] = {{scratch_->band_score[i], scratch_->band[i]}, i};
+      std::nth_element(scratch_->ranked_band.begin(), scratch_->ranked_band.begin() + wanted,
+                       scratch_->ranked_band.end(),
                        [](const Open& a, const Open& b) { return before(a.ranked, b.ranked); });
     } else {
-      for (int64_t i = 0; i < found.open; ++i) scratch_.ranked_band[i].from = i;
+      for (int64_t i = 0; i < found.open; ++i) scratch_->ranked_band[i].from = i;
     }
     for (int64_t i = 0; i < wanted; ++i) {
-      kept.position[found.kept + i] = open.position[scratch_.ranked_band[i].from];
+      kept.position[found.kept + i] = open.position[scratch_->ranked_band[i].from];
       for (int row = 0; row < rows; ++row)
-        kept.score[row][found.kept + i] = open.score[row][scratch_.ranked_band[i].from];
+        kept.score[row][found.kept + i] = open.score[row][scratch_->ranked_band[i].from];
     }
     return found.kept + wanted;
   }
 
   const MineCall& call_;
   const Kernels& kernels_;
-  bool lists_;           // candidates of the first stage, piece by piece
-  int64_t first_limit_;  // of a list
-  ScoreRows rows_;
+  ScoreRows& rows_;
+  std::optional<CandidateLists> lists_;
   const Layout& layout_;
   std::vector<Stage> stages_;  // the call's; `over_bank` is cleared once that is decided for the current query
   ExactCascade exact_;
   size_t shared_from_;  // the stage from which candidates of many queries are ranked together
   Rescorer rescorer_;
   std::vector<BankRanking> bank_ranking_;  // per bounded stage, for the current query
-  std::vector<size_t> listed_;             // the columns that lists have
   std::vector<int16_t*> column_;           // the current query's scores
-  Scratch& scratch_ = kept_scratch;
+  Scratch own_scratch_, *scratch_ = nullptr;
 };
 
 }  // namespace
 
-void dense_queries(const MineCall& call, std::span<const StagePacks> packed, int64_t begin, int64_t end) {
-  Dense(call, packed).run(begin, end);
+void dense_queries(const MineCall& call, std::span<const StagePacks> packed, int64_t batch, const Control& control) {
+  const int threads = std::max(1, control.threads);
+  ScoreRows rows(call, packed, {.threads = threads});
+  if (CandidateLists::are_worth(call, rows.at_once() / threads)) {
+    const int64_t piece = call.bank->kernels().piece16;
+    const int64_t together = std::max<int64_t>(some_listed, call.bank->kernels().least16);
+    return share_queries(batch, together, control, [&](int64_t begin, int64_t end) {
+      ScoreRows pieces(call, packed,
+                       {.piece = piece / lanes16,
+                        .listed = CandidateLists::limit(call) + piece,
+                        .at_most = CandidateLists::most_together});
+      Dense(call, pieces).run_listed(begin, end);
+    });
+  }
+  Workers<Dense> workers([&] { return std::make_unique<Dense>(call, rows); });
+  rows.score_all(batch, control, [&](int64_t first, int64_t begin, int64_t end) {
+    workers.lend([&](Dense& dense) { dense.run(first, begin, end); });
+  });
+  workers.each(control, [](Dense& dense) { dense.finish(); });
 }
 
 }  // namespace cascade::cpu

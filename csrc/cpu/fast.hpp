@@ -1,5 +1,5 @@
-// The certified fast paths. Each settles the first stages of a cascade for a run of queries and hands over to the exact
-// path what is left. Both answer exactly as the exact path does; they differ in what they are fast at.
+// The certified fast paths. Each settles the first stages of a cascade and hands over to the exact path what is left.
+// Both answer exactly as the exact path does; they differ in what they are fast at.
 #pragma once
 
 #include <cstdint>
@@ -51,12 +51,12 @@ std::vector<int64_t> stream_queries(const MineCall& call, const Packed8& packed,
 
 // 16-bit scores of all keys: side by side for stages that keep a large share and those over the bank, or a piece of the
 // bank after the other for a first stage that keeps few. `packed` has one entry for each of the first stages that are
-// boundable.
-void dense_queries(const MineCall& call, std::span<const StagePacks> packed, int64_t begin, int64_t end);
+// boundable. All of the call's queries, on its threads.
+void dense_queries(const MineCall& call, std::span<const StagePacks> packed, int64_t batch, const Control& control);
 
 // 16-bit scores of all keys bound their ranks: for a first stage by `rrf` that keeps few of many. `packed` has one
-// entry for each of its views. Rows that the bounds cannot help are returned, unanswered.
-std::vector<int64_t> rank_queries(const MineCall& call, std::span<const StagePacks> packed, int64_t begin, int64_t end);
+// entry for each of its views. All of the call's queries, on its threads.
+void rank_queries(const MineCall& call, std::span<const StagePacks> packed, int64_t batch, const Control& control);
 constexpr int64_t most_by_rank = 512;  // what such a stage may keep
 
 // The exact path for the given rows.

@@ -67,6 +67,7 @@ struct Kernels {
   int least16;
   bool planes16;
   int64_t piece16;  // keys whose scores are held at a time for a first stage that keeps few of many: whole blocks
+  int64_t rows16 = 12 << 20;  // bytes of scores that a thread holds otherwise, its share of a last-level cache
 
   // How many of the scores are at least `least`. n is a multiple of 32 in all that follows.
   int64_t (*count16)(const int16_t* score, int64_t n, int16_t least);

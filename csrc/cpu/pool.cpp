@@ -168,6 +168,18 @@ Pool& pool() {
   return *shared.load();
 }
 
+// Where the runs begin that `share_queries` makes, and the end of the last.
+std::vector<int64_t> split(int64_t batch, int64_t threads, int64_t together) {
+  if (threads == 1) together = batch;
+  const int64_t least = std::min(together, (batch + threads - 1) / threads);
+  std::vector<int64_t> begin{0};
+  while (begin.back() < batch) {
+    const int64_t share = 2 * (batch - begin.back()) / (3 * threads);
+    begin.push_back(std::min(batch, begin.back() + std::max(least, (share + together / 2) / together * together)));
+  }
+  return begin;
+}
+
 }  // namespace
 
 void run_parts(int parts, const Control& control, const std::function<void(int, int)>& work) {
@@ -179,6 +191,12 @@ void run_parts(int parts, const Control& control, const std::function<void(int, 
   calling = was_calling;
   if (call.failure) std::rethrow_exception(call.failure);
   if (call.stop.load()) throw Interrupted{};
+}
+
+void share_queries(int64_t batch, int64_t together, const Control& control,
+                   const std::function<void(int64_t, int64_t)>& work) {
+  const std::vector<int64_t> begin = split(batch, std::max(1, control.threads), together);
+  run_parts(static_cast<int>(begin.size()) - 1, control, [&](int part, int) { work(begin[part], begin[part + 1]); });
 }
 
 std::thread::id& caller() {

@@ -22,6 +22,11 @@ struct Interrupted {};
 // waiting. Exceptions of a part reach the caller.
 void run_parts(int parts, const Control& control, const std::function<void(int part, int parts)>& work);
 
+// Shares `batch` queries: runs `work(begin, end)` for runs of consecutive ones. The runs grow smaller, so that all
+// threads are done at about the same time, but have `together` queries or a thread's share, whichever is less.
+void share_queries(int64_t batch, int64_t together, const Control& control,
+                   const std::function<void(int64_t begin, int64_t end)>& work);
+
 // Who called: this thread, or the one that waits while this one works for it (a signal's handler that calls in the
 // midst of a call, for one).
 std::thread::id& caller();

@@ -8,6 +8,7 @@
 // counted, those that may are ranked with it by the contract.
 #include <algorithm>
 #include <limits>
+#include <memory>
 #include <utility>
 #include <vector>
 
@@ -16,6 +17,7 @@
 #include "cpu/ranking.hpp"
 #include "cpu/score_rows.hpp"
 #include "cpu/spans.hpp"
+#include "cpu/workers.hpp"
 
 namespace cascade::cpu {
 namespace {
@@ -46,13 +48,12 @@ struct Bins {
 
 class RankFusion {
  public:
-  RankFusion(const MineCall& call, std::span<const StagePacks> packed)
+  // `rows` has a column for each of the stage's views.
+  RankFusion(const MineCall& call, ScoreRows& rows)
       : call_(call),
         kernels_(call.bank->kernels()),
         views_(call.stages[0].views),
-        single_(singles(call)),
-        plain_{call.bank, single_, call.queries, call.exclude, call.answer, nullptr},
-        rows_(plain_, packed),
+        rows_(rows),
         layout_(rows_.layout()),
         exact_(call.stages, static_cast<int64_t>(call.bank->views().size()), call.bank->size(), call.weights),
         bins_(views_.size()) {
@@ -60,25 +61,15 @@ class RankFusion {
     lower_.reserve(rows_.padded());
   }
 
-  std::vector<int64_t> run(int64_t begin, int64_t end) {
-    std::vector<int64_t> hopeless;
-    for (int64_t first = begin; first < end && !should_stop(); first += rows_.at_once()) {
-      const int64_t count = std::min(rows_.at_once(), end - first);
-      if (!rows_.score(first, count)) return {};
-      for (int64_t i = 0; i < count; ++i)
-        if (!answer(first + i, i)) hopeless.push_back(first + i);
-    }
-    return hopeless;
+  // Answers the queries first + [begin, end), those from `first` on being scored.
+  void run(int64_t first, int64_t begin, int64_t end) {
+    hopeless_.clear();
+    for (int64_t i = begin; i < end && !should_stop(); ++i)
+      if (!answer(first + i, i)) hopeless_.push_back(first + i);
+    exact_queries(call_, hopeless_);
   }
 
  private:
-  // A stage for each view, so that each has scores of its own.
-  static std::vector<Stage> singles(const MineCall& call) {
-    std::vector<Stage> stages;
-    for (const int32_t& view : call.stages[0].views) stages.push_back({{&view, 1}, Fusion::none, 1, false});
-    return stages;
-  }
-
   // False where the bounds are of no help.
   bool answer(int64_t row, int64_t query) {
     const Span span(Phase::select);
@@ -92,7 +83,7 @@ class RankFusion {
       int16_t* const score = rows_.row(rows_.column(each), query);
       eligible = rows_.mark(row, score);
       if (eligible == 0) return false;
-      add_terms(score, n, width(each, query), bins_[each]);
+      add_terms(score, n, rows_.width(each, query), bins_[each]);
     }
     const int64_t keep = std::min(call_.stages[0].keep, eligible);
     // Floats round each term and each addition by 2^-24 of it at most.
@@ -105,8 +96,6 @@ class RankFusion {
     rank(row, query);
     return true;
   }
-
-  int width(size_t each, int64_t query) const { return static_cast<int>(1 + 2 * rows_.error(each, query)) + 1; }
 
   // Adds a view's bounds to those of the fused score; to what is no candidate, -infinity.
   void add_terms(const int16_t* score, int64_t n, int width, Bins& bins) {
@@ -166,7 +155,7 @@ class RankFusion {
   int64_t before_in(size_t each, int64_t query, int64_t position) {
     const int16_t* score = rows_.row(rows_.column(each), query);
     const Bins& bins = bins_[each];
-    const int reach = width(each, query), own = score[position];
+    const int reach = rows_.width(each, query), own = score[position];
     const auto [surely, perhaps] = bins.near(bins.of[position]);
     int64_t count = surely;
     near_.assign(1, layout_.slot(position));
@@ -187,23 +176,27 @@ class RankFusion {
   const MineCall& call_;
   const Kernels& kernels_;
   std::span<const int32_t> views_;
-  std::vector<Stage> single_;
-  MineCall plain_;
-  ScoreRows rows_;
+  ScoreRows& rows_;
   const Layout& layout_;
   ExactCascade exact_;
   std::vector<Bins> bins_;  // per view
   std::vector<Term> term_;
   Buffer<float> upper_, lower_;
-  std::vector<int64_t> position_, alive_, near_;
+  std::vector<int64_t> position_, alive_, near_, hopeless_;
   std::vector<double> fused_, near_score_;
 };
 
 }  // namespace
 
-std::vector<int64_t> rank_queries(const MineCall& call, std::span<const StagePacks> packed, int64_t begin,
-                                  int64_t end) {
-  return RankFusion(call, packed).run(begin, end);
+void rank_queries(const MineCall& call, std::span<const StagePacks> packed, int64_t batch, const Control& control) {
+  std::vector<Stage> single;  // for each view, so that each has scores of its own
+  for (const int32_t& view : call.stages[0].views) single.push_back({{&view, 1}, Fusion::none, 1, false});
+  const MineCall plain{call.bank, single, call.queries, call.exclude, call.answer, nullptr};
+  ScoreRows rows(plain, packed, {.threads = std::max(1, control.threads)});
+  Workers<RankFusion> workers([&] { return std::make_unique<RankFusion>(call, rows); });
+  rows.score_all(batch, control, [&](int64_t first, int64_t begin, int64_t end) {
+    workers.lend([&](RankFusion& fusion) { fusion.run(first, begin, end); });
+  });
 }
 
 }  // namespace cascade::cpu

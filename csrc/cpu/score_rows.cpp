@@ -9,11 +9,16 @@
 namespace cascade::cpu {
 namespace {
 
-constexpr int64_t most_at_once = 48;   // queries
-constexpr int64_t room = 2 * lanes16;  // kernels write whole vectors past the end
-constexpr int64_t scores_in_cache =
-    12 << 20;  // bytes of score rows that a thread holds, its share of a last-level cache
+constexpr int64_t room = 2 * lanes16;         // kernels write whole vectors past the end
 constexpr int64_t keys_in_cache = 384 << 10;  // bytes of packed keys that a run of tiles goes over
+constexpr int64_t packed_together = 4;        // queries that a thread takes at a time, at least
+constexpr int64_t used_together = 2;          // and of those scored
+constexpr int64_t runs_each = 8;              // of tiles over a view's keys, for a thread to share them evenly
+
+struct Run {
+  size_t view;
+  int64_t start, stop;  // blocks
+};
 
 }  // namespace
 
@@ -22,11 +27,11 @@ ScoreRows::Memory& ScoreRows::kept_memory() {
   return memory;
 }
 
-ScoreRows::ScoreRows(const MineCall& call, std::span<const StagePacks> packed, int64_t piece, int64_t listed)
+ScoreRows::ScoreRows(const MineCall& call, std::span<const StagePacks> packed, const Extent& extent)
     : call_(call),
       kernels_(call.bank->kernels()),
       layout_(packed.front().front()->layout()),
-      piece_(std::max<int64_t>(1, std::min(layout_.blocks, piece))),
+      piece_(std::max<int64_t>(1, std::min(layout_.blocks, extent.piece))),
       begin_(0),
       end_(piece_),
       padded_(piece_ * layout_.lanes + room) {
@@ -42,11 +47,12 @@ ScoreRows::ScoreRows(const MineCall& call, std::span<const StagePacks> packed, i
   at_least(memory_.words, views_.size());
   at_least(memory_.queries, views_.size());
   const auto scores_bytes = static_cast<int64_t>(sizeof(int16_t) * columns_);
-  const int64_t row_bytes = padded_ * scores_bytes + listed * (scores_bytes + static_cast<int64_t>(sizeof(uint32_t)));
-  const int64_t least = kernels_.least16;
-  at_once_ = std::clamp<int64_t>(scores_in_cache / row_bytes / least * least, least, most_at_once);
-  if (row_bytes * at_once_ > 8 * scores_in_cache) at_once_ = least;
-  are_kept_ = row_bytes * at_once_ <= 2 * scores_in_cache;
+  const int64_t row_bytes =
+      padded_ * scores_bytes + extent.listed * (scores_bytes + static_cast<int64_t>(sizeof(uint32_t)));
+  const int64_t least = kernels_.least16, held = extent.threads * kernels_.rows16;
+  at_once_ = std::clamp<int64_t>(held / row_bytes / least * least, least, extent.at_most * extent.threads);
+  if (row_bytes * at_once_ > 8 * held) at_once_ = least;
+  are_kept_ = row_bytes * at_once_ <= 2 * held;
 }
 
 ScoreRows::~ScoreRows() {
@@ -64,75 +70,116 @@ size_t ScoreRows::source(const Packed16* packed, const Stage& stage) {
   return static_cast<size_t>(std::find_if(views_.begin(), views_.end(), same) - views_.begin());
 }
 
-// Groups of queries, as even as they come.
-void ScoreRows::group(int64_t count) {
+// Groups of queries, as even as they come, and their memory.
+void ScoreRows::lay(int64_t count) {
   groups_.clear();
   const int64_t needed = (count + kernels_.queries16 - 1) / kernels_.queries16;
-  int64_t left = count;
+  int64_t left = count, padded = 0;
   for (int64_t i = 0; i < needed; ++i) {
     const int64_t share = (left + (needed - i) - 1) / (needed - i);
     const int64_t least = kernels_.least16;
     groups_.push_back(static_cast<int>(std::min<int64_t>(kernels_.queries16, (share + least - 1) / least * least)));
     left = std::max<int64_t>(0, left - groups_.back());
+    padded += groups_.back();
+  }
+  for (size_t view = 0; view < views_.size(); ++view) {
+    const int64_t words = padded * views_[view].packed->query_words();
+    memory_.words[view].reserve(words);
+    std::fill_n(memory_.words[view].data(), words, 0);
+    memory_.queries[view].assign(padded, {});
+  }
+  for (size_t column = 0; column < columns_; ++column) {
+    memory_.rows[column].reserve(padded * padded_);
+    memory_.errors[column].assign(padded, 0.0);
   }
 }
 
-void ScoreRows::pack(int64_t first, int64_t count) {
-  group(count);
-  int64_t padded = 0;
-  for (const int size : groups_) padded += size;
+// Packs the queries first + [begin, end) of those that were laid.
+void ScoreRows::pack(int64_t first, int64_t begin, int64_t end) {
   std::vector<double> weights;
   for (size_t view = 0; view < views_.size(); ++view) {
     const Packed16& packed = *views_[view].packed;
-    memory_.rows[view].reserve(padded * padded_);
-    memory_.words[view].reserve(padded * packed.query_words());
-    std::fill_n(memory_.words[view].data(), padded * packed.query_words(), 0);
-    memory_.queries[view].assign(padded, {});
-    memory_.errors[view].assign(padded, 0.0);
     int32_t* words = memory_.words[view].data();
-    int64_t query = 0;
+    int64_t start = 0;
     weights.clear();
     for (const int size : groups_) {
-      for (int i = 0; i < size && query < count; ++i, ++query) {
+      for (int64_t query = std::max(begin, start); query < std::min(end, start + size); ++query) {
         Packed16::Query& made = memory_.queries[view][query];
         if (views_[view].weighs == nullptr || call_.weigh(*views_[view].weighs, first + query, weights))
-          made = packed.pack_query(call_.queries, first + query, weights, words, i, size);
+          made = packed.pack_query(call_.queries, first + query, weights, words, query - start, size);
         else
           made.error = std::numeric_limits<double>::infinity();
         memory_.errors[view][query] = made.error;
       }
       words += size * packed.query_words();
+      start += size;
     }
   }
 }
 
-// Every view's scores. Runs of key blocks stay in the cache while all groups of queries pass over them.
-bool ScoreRows::score(int64_t first, int64_t count, int64_t piece) {
+// One view's scores with the blocks [start, stop), which stay in the cache while all groups of queries pass over them.
+void ScoreRows::tiles(size_t view, int64_t start, int64_t stop) {
+  const Packed16& packed = *views_[view].packed;
+  call_.bank->passed((stop - start) * packed.steps() * lanes16 * 4);
+  const MatrixUnits units(kernels_);
+  const int32_t* words = memory_.words[view].data();
+  int16_t* out = memory_.rows[view].data();
+  for (const int size : groups_) {
+    kernels_.tiles16(words, size, packed.block(start), stop - start, packed.steps(), out + (start - begin_) * lanes16,
+                     padded_);
+    words += size * packed.query_words();
+    out += size * padded_;
+  }
+}
+
+int64_t ScoreRows::blocks_in_cache(size_t view) const {
+  return std::max<int64_t>(1, keys_in_cache / (views_[view].packed->steps() * lanes16 * 4));
+}
+
+bool ScoreRows::score_piece(int64_t first, int64_t count, int64_t piece) {
   const Span span(Phase::score);
-  if (piece == 0) pack(first, count);
+  if (piece == 0) {
+    lay(count);
+    pack(first, 0, count);
+  }
   begin_ = piece * piece_;
   end_ = std::min(layout_.blocks, begin_ + piece_);
   for (size_t view = 0; view < views_.size(); ++view) {
-    const Packed16& packed = *views_[view].packed;
-    const int64_t block_bytes = packed.steps() * lanes16 * 4;
-    const int64_t run = std::max<int64_t>(1, keys_in_cache / block_bytes);
+    const int64_t run = blocks_in_cache(view);
     for (int64_t start = begin_; start < end_; start += run) {
       if (should_stop()) return false;
-      const int64_t stop = std::min(end_, start + run);
-      call_.bank->passed((stop - start) * block_bytes);
-      const MatrixUnits units(kernels_);
-      const int32_t* words = memory_.words[view].data();
-      int16_t* out = memory_.rows[view].data();
-      for (const int size : groups_) {
-        kernels_.tiles16(words, size, packed.block(start), stop - start, packed.steps(),
-                         out + (start - begin_) * lanes16, padded_);
-        words += size * packed.query_words();
-        out += size * padded_;
-      }
+      tiles(view, start, std::min(end_, start + run));
     }
   }
-  fuse(first, count);
   return true;
+}
+
+void ScoreRows::score_all(int64_t batch, const Control& control,
+                          const std::function<void(int64_t, int64_t, int64_t)>& use) {
+  for (int64_t first = 0; first < batch; first += at_once_) {
+    const int64_t count = std::min(at_once_, batch - first);
+    score(first, count, control);
+    share_queries(count, used_together, control, [&](int64_t begin, int64_t end) { use(first, begin, end); });
+  }
+}
+
+void ScoreRows::score(int64_t first, int64_t count, const Control& control) {
+  lay(count);
+  share_queries(count, packed_together, control, [&](int64_t begin, int64_t end) {
+    const Span span(Phase::score);
+    pack(first, begin, end);
+  });
+  std::vector<Run> runs;
+  for (size_t view = 0; view < views_.size(); ++view) {
+    const int64_t run = std::clamp<int64_t>(layout_.blocks / (runs_each * control.threads), 1, blocks_in_cache(view));
+    for (int64_t start = 0; start < layout_.blocks; start += run)
+      runs.push_back({view, start, std::min(layout_.blocks, start + run)});
+  }
+  run_parts(static_cast<int>(runs.size()), control, [&](int part, int) {
+    if (should_stop()) return;
+    const Span span(Phase::score);
+    tiles(runs[part].view, runs[part].start, runs[part].stop);
+  });
 }
 
 int64_t ScoreRows::mark(int64_t row, int16_t* score) const {
@@ -180,17 +227,14 @@ int64_t ScoreRows::mark_others(int64_t row, int16_t* score) const {
   return left;
 }
 
-// The rows of `min` and `max` stages. All views' scores are brought to the unit in which the largest possible fits.
-void ScoreRows::fuse(int64_t first, int64_t count) {
+// All views' scores are brought to the unit in which the largest possible fits.
+void ScoreRows::fuse(int64_t first, int64_t query) {
   for (size_t number = 0; number < sources_.size(); ++number) {
     const std::vector<size_t>& sources = sources_[number];
     if (sources.size() == 1) continue;
-    auto& row = memory_.rows[column_[number]];
-    row.reserve(count * padded_);
-    memory_.errors[column_[number]].resize(count);
-    for (int64_t query = 0; query < count; ++query)
-      memory_.errors[column_[number]][query] =
-          fuse_row(sources, call_.stages[number].fusion == Fusion::min, first, query, row.data() + query * padded_);
+    const Span span(Phase::score);
+    memory_.errors[column_[number]][query] = fuse_row(sources, call_.stages[number].fusion == Fusion::min, first, query,
+                                                      memory_.rows[column_[number]].data() + query * padded_);
   }
 }
 

@@ -1,5 +1,7 @@
-// The 16-bit scores of all keys for a few queries at a time, a row a query: what stages that keep a large share work
-// on. Or of one piece of the keys after the other, for a first stage that keeps few of them.
+// The 16-bit scores of all keys for some queries at a time, a row a query: what stages that keep a large share work
+// on. The threads of a call share the keys, so that each key meets all those queries while it is in a cache, and go on
+// with a row each as they come free. Or, within a thread, the scores of one piece of the keys after the other, for a
+// first stage that keeps few of them.
 //
 // There is a column of rows for each distinct packed view, once more where a `zsum` weighs its queries, and after those
 // one for each stage of several (`min`, `max`). Such a stage's views are brought to one unit and fused: the smaller or
@@ -7,11 +9,13 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <span>
 #include <vector>
 
 #include "cpu/buffer.hpp"
 #include "cpu/fast.hpp"
+#include "cpu/pool.hpp"
 
 namespace cascade::cpu {
 
@@ -19,10 +23,15 @@ constexpr double hopeless16 = 4096;  // an error in score units with which the b
 
 class ScoreRows {
  public:
+  struct Extent {
+    int64_t piece = all_blocks;  // blocks of keys that a row has
+    int64_t listed = 0;          // candidates of a query that are held beside it, a score in each column
+    int threads = 1;             // that work on the rows
+    int64_t at_most = 256;       // queries scored together, for each thread
+  };
+
   // `packed` as in `dense_queries`. Rows are kept by the thread from call to call, unless they are uncommonly large.
-  // A row has `piece` blocks of keys, or all. `listed` candidates of a query are held beside it, a score in each
-  // column.
-  ScoreRows(const MineCall& call, std::span<const StagePacks> packed, int64_t piece = all_blocks, int64_t listed = 0);
+  ScoreRows(const MineCall& call, std::span<const StagePacks> packed, const Extent& extent);
   ~ScoreRows();
   ScoreRows(const ScoreRows&) = delete;
   ScoreRows& operator=(const ScoreRows&) = delete;
@@ -32,14 +41,23 @@ class ScoreRows {
   const Layout& layout() const { return layout_; }
   int64_t pieces() const { return (layout_.blocks + piece_ - 1) / piece_; }
   int64_t padded() const { return padded_; }    // a row's length with the room that kernels write past the end
-  int64_t at_once() const { return at_once_; }  // queries that one `score` may take
+  int64_t at_once() const { return at_once_; }  // queries that are scored together, at most
   bool are_kept() const { return are_kept_; }
   size_t columns() const { return columns_; }
   size_t stages() const { return column_.size(); }
   size_t column(size_t stage) const { return column_[stage]; }
 
-  // Scores the queries [first, first + count) with a piece's keys, the pieces in turn; false where the call is to stop.
-  bool score(int64_t first, int64_t count, int64_t piece = 0);
+  // Scores all queries with all keys on the threads of the call, as many queries together as there is memory for, and
+  // calls `use(first, begin, end)` for runs of them: the queries first + [begin, end), `first` the first of those
+  // scored together.
+  void score_all(int64_t batch, const Control& control,
+                 const std::function<void(int64_t first, int64_t begin, int64_t end)>& use);
+  // With a piece's keys, the pieces in turn, on this thread; false where the call is to stop.
+  bool score_piece(int64_t first, int64_t count, int64_t piece);
+
+  // Makes a query's rows of `min` and `max` stages from those of their views; to be called before they are asked for.
+  void fuse(int64_t first, int64_t query);
+
   uint32_t first_position() const { return static_cast<uint32_t>(begin_ * layout_.lanes); }  // of the piece scored last
   int64_t positions() const { return (end_ - begin_) * layout_.lanes; }                      //
 
@@ -53,6 +71,8 @@ class ScoreRows {
   // Of the query first + `query`: its scores [positions], and by how much a stage's may be off.
   int16_t* row(size_t column, int64_t query) { return memory_.rows[column].data() + query * padded_; }
   double error(size_t stage, int64_t query) const { return memory_.errors[column_[stage]][query]; }
+  // The least difference of two scores that proves their order.
+  int width(size_t stage, int64_t query) const { return static_cast<int>(1 + 2 * error(stage, query)) + 1; }
 
  private:
   int64_t mark_others(int64_t row, int16_t* score) const;
@@ -71,9 +91,11 @@ class ScoreRows {
 
   size_t source(const Packed16* packed, const Stage& stage);
 
-  void group(int64_t count);
-  void pack(int64_t first, int64_t count);
-  void fuse(int64_t first, int64_t count);
+  void score(int64_t first, int64_t count, const Control& control);
+  void lay(int64_t count);
+  void pack(int64_t first, int64_t begin, int64_t end);
+  void tiles(size_t view, int64_t start, int64_t stop);
+  int64_t blocks_in_cache(size_t view) const;
   double fuse_row(const std::vector<size_t>& sources, bool smaller, int64_t first, int64_t query, int16_t* out) const;
 
   const MineCall& call_;
