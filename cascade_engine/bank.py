@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
@@ -49,13 +50,16 @@ class Prepared:
 
     A key queue shares one among its snapshots. Whatever has a method ``update(first, count)`` is brought up to date in
     place when it is next asked for; anything else is made anew. With a `shelf`, what is large is kept on disk.
+
+    A signal handler may search, or push, while its own thread is in here.
     """
 
     def __init__(self, shelf: Shelf | None = None) -> None:
         self.shelf = shelf
         self._made: dict[object, Any] = {}
-        self._overwritten: dict[object, list[tuple[int, int]]] = {}
-        self._lock = threading.Lock()
+        self._behind: dict[object, list[range]] = {}  # slots overwritten since; a range is done with by its identity
+        self._overwritings = 0
+        self._lock = threading.RLock()
 
     def __reduce__(self) -> tuple[type[Prepared], tuple[()]]:
         """As nothing made: it is made again where it is needed."""
@@ -64,8 +68,11 @@ class Prepared:
     def get(self, purpose: object, make: Callable[[], T]) -> T:
         """What `make` returned for `purpose`, made once and up to date; safe to call from several threads."""
         with self._lock:
-            if purpose not in self._made:
-                self._made[purpose] = make()
+            while purpose not in self._made:
+                before = self._overwritings
+                made = make()
+                if self._overwritings == before:  # else a signal handler has pushed meanwhile
+                    self._made.setdefault(purpose, made)
             found: T = self._updated(purpose)
             return found
 
@@ -75,20 +82,40 @@ class Prepared:
             return self._updated(purpose) if purpose in self._made else None
 
     def _updated(self, purpose: object) -> Any:
-        for first, count in self._overwritten.pop(purpose, ()):
-            self._made[purpose].update(first, count)
-        return self._made[purpose]
+        """Brought up to date; slots stay behind until that has succeeded."""
+        made = self._made[purpose]
+        while behind := self._behind.get(purpose):
+            slots = behind[0]
+            made.update(slots.start, len(slots))
+            self._behind[purpose] = [other for other in self._behind[purpose] if other is not slots]
+        return made
 
-    def overwrite(self, first: int, count: int, *, known: Container[object] = ()) -> None:
-        """Note that the slots [first, first + count) hold other keys now; what serves a `known` purpose has them."""
+    @contextmanager
+    def overwriting(self, runs: Iterable[range]) -> Iterator[set[object]]:
+        """Around writing other keys to runs of slots: what is made is behind from its start, whatever ends it.
+
+        Purposes that the writing has brought up to date itself, once it has, go into the set.
+        """
+        runs = [slots for slots in runs if slots]
+        noted = self._note(runs)
+        served: set[object] = set()
+        try:
+            yield served
+        finally:
+            self._note(runs, instead=noted, served=served)
+
+    def _note(self, runs: list[range], instead: Iterable[range] = (), served: Container[object] = ()) -> list[range]:
+        """Let what is made be behind by `runs`, and no longer by the ranges `instead`; returns the ranges noted."""
+        fresh = [slots[:] for slots in runs]
         with self._lock:
+            self._overwritings += 1
             for purpose, made in list(self._made.items()):
-                if purpose in known:
-                    continue
                 if hasattr(made, "update"):
-                    self._overwritten.setdefault(purpose, []).append((first, count))
-                else:
+                    left = [old for old in self._behind.get(purpose, ()) if not any(old is done for done in instead)]
+                    self._behind[purpose] = left if purpose in served else left + fresh
+                elif purpose not in served:
                     del self._made[purpose]
+        return fresh
 
 
 class Bank:

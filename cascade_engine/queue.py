@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -71,7 +72,7 @@ class KeyQueue:
         self.filled = 0  # slots in use
         self.cursor = 0  # the slot that the next key takes
         self.pushed = 0  # keys ever pushed
-        self._overwritten_at = 0  # value of `pushed` after the last push that reused a slot
+        self._reused = 0  # counts up where a push that reuses slots begins to write and where it has written
         self._device = device
         self._storage: dict[str, Any] = {}
         self._prepared = Prepared()  # of the full ring, shared by its snapshots and changed in place by a push
@@ -95,6 +96,9 @@ class KeyQueue:
         Raises:
             InvalidInput: views, shapes or types that do not fit, NaN, infinity, or what the queue's type rounds to
                 infinity. Nothing is changed then.
+
+        Where anything interrupts the writing itself (KeyboardInterrupt, a failed launch), older snapshots are stale and
+        the slots that were to be reused may hold keys or ids of both batches; the next push takes them again.
         """
         with phase("push"):
             checked, rows = self._checked(keys)
@@ -106,17 +110,14 @@ class KeyQueue:
             storage = self._storage or self._allocated(next(iter(keys.values())))
             engine = _engine(storage)
             if engine is None:
-                known = self._write(storage, checked, columns, rows)
+                self._write(storage, checked, columns, rows)
             else:
-                known = self._launch(engine, storage, keys, columns, rows)
-            self._storage = storage
-            for slots, _ in self._pieces(rows):
-                self._prepared.overwrite(slots.start, slots.stop - slots.start, known=known)
-            self._advance(rows)
+                self._launch(engine, storage, keys, columns, rows)
+            self._advance(storage, rows)
 
     def _write(
         self, storage: Mapping[str, Any], keys: Mapping[str, Array], columns: Mapping[str, Any], rows: int
-    ) -> list[object]:
+    ) -> None:
         """Convert a batch, then write it, piece by piece."""
         units = {view: unit_rows(value) if self.normalise else value for view, value in keys.items()}
         given = {name: -1 if value is None else value for name, value in columns.items()}
@@ -127,12 +128,12 @@ class KeyQueue:
             for name, values in batch.items():
                 if not isinstance(values, int) and np.may_share_memory(values, targets[name]):
                     batch[name] = values.copy()
-        for slots, taken in pieces:
-            for name, values in batch.items():
-                targets[name][slots] = values if isinstance(values, int) else values[taken]
-        if is_torch(next(iter(storage.values()))):
-            _tell_autograd(storage.values())
-        return []
+        with self._overwriting(rows):
+            for slots, taken in pieces:
+                for name, values in batch.items():
+                    targets[name][slots] = values if isinstance(values, int) else values[taken]
+            if is_torch(next(iter(storage.values()))):
+                _tell_autograd(storage.values())
 
     def _launch(
         self,
@@ -141,25 +142,38 @@ class KeyQueue:
         keys: Mapping[str, Any],
         columns: Mapping[str, Any],
         rows: int,
-    ) -> list[object]:
-        """Do the same on the GPU; returns what is prepared of the new keys by the way."""
+    ) -> None:
+        """Do the same on the GPU, where what is prepared of the ring takes the new keys by the way."""
         if not rows:
-            return []
-        return engine.push(
-            {view: (_here(keys[view], storage[view]), storage[view]) for view in self.dims},
-            [(_here(value, storage[name]), storage[name]) for name, value in columns.items()],
-            self._prepared,
-            metric=self.metric,
-            cursor=self.cursor,
-            normalise=self.normalise,
-        )
+            return
+        batches = {view: _here(keys[view], storage[view]) for view in self.dims}
+        given = {name: _here(value, storage[name]) for name, value in columns.items()}
+        packed = {view: self._prepared.made(cuda.purpose(view)) for view in self.dims}
+        with self._overwriting(rows) as served:
+            engine.push(
+                {view: (batch, storage[view], packed[view]) for view, batch in batches.items()},
+                [(batch, storage[name]) for name, batch in given.items()],
+                metric=self.metric,
+                cursor=self.cursor,
+                normalise=self.normalise,
+            )
+            served.update(cuda.purpose(view) for view in self.dims if packed[view] is not None)
 
-    def _advance(self, rows: int) -> None:
-        self.pushed += rows
-        if self.filled + rows > self.size:
-            self._overwritten_at = self.pushed
-        self.cursor = (self.cursor + rows) % self.size
-        self.filled = min(self.size, self.filled + rows)
+    @contextmanager
+    def _overwriting(self, rows: int) -> Iterator[set[object]]:
+        """Around the writing of a batch, which anything may interrupt: snapshots are stale from its start.
+
+        Purposes for which the writing has prepared the new keys itself go into the set.
+        """
+        reused = self.filled + rows > self.size
+        self._reused += reused
+        with self._prepared.overwriting(range(slots.start, slots.stop) for slots, _ in self._pieces(rows)) as served:
+            yield served
+        self._reused += reused
+
+    def _advance(self, storage: dict[str, Any], rows: int) -> None:
+        filled, cursor = min(self.size, self.filled + rows), (self.cursor + rows) % self.size
+        self._storage, self.filled, self.cursor, self.pushed = storage, filled, cursor, self.pushed + rows
 
     def _pieces(self, rows: int) -> list[tuple[slice, slice]]:
         """Which slots take which rows of a batch: one run of the ring, or two where it wraps around."""
@@ -174,10 +188,10 @@ class KeyQueue:
     def bank(self) -> Bank:
         """The filled slots as a bank that shares their memory, valid until a later push reuses one of them."""
         storage = self._storage or self._allocated(None)
-        seen, shows = self.pushed, self.filled
+        seen, shows = self._reused, self.filled
 
         def guard() -> None:
-            if shows and self._overwritten_at > seen:
+            if shows and self._reused > seen:
                 raise StaleBank("bank: the queue has overwritten keys of this snapshot; take queue.bank() again")
 
         if self._full is not None:
@@ -239,13 +253,18 @@ class KeyQueue:
                     got = tuple(saved[name].shape) if name in saved else "nothing"
                     raise InvalidInput(f'state["storage"]: expected {tuple(values.shape)} of {name!r}, got {got}')
             given = {name: _assignable(saved[name], values, name) for name, values in storage.items()}
+            self._forget()
             for name, values in storage.items():
                 values[:] = given[name]
             self._storage = storage
         self.filled, self.cursor = filled, cursor
-        self._prepared, self._full = Prepared(), None
         self.pushed = max(self.pushed, pushed) + 1
-        self._overwritten_at = self.pushed
+        self._forget()
+
+    def _forget(self) -> None:
+        """Let every snapshot be stale and nothing be prepared."""
+        self._reused += 1
+        self._prepared, self._full = Prepared(), None
 
     def _checked(self, keys: Mapping[str, Array]) -> tuple[dict[str, Any], int]:
         """The batch, as host matrices where it is on the host, and its rows."""

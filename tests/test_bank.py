@@ -1,5 +1,6 @@
 """The bank: what it takes as it is, what it refuses and how, what it keeps."""
 
+import signal
 import threading
 
 import ml_dtypes
@@ -8,7 +9,9 @@ import pytest
 import torch
 
 import cascade_engine as ce
+from cascade_engine.bank import Prepared
 from cascade_engine.errors import InvalidInput, StaleBank
+from cascade_engine.kernels import cpu
 
 X, Y = np.ones((6, 4), np.float32), np.ones((6, 3), np.float32)
 
@@ -129,3 +132,104 @@ def test_a_preparation_that_fails_leaves_nothing():
     with pytest.raises(ZeroDivisionError):
         bank.prepared("x", lambda: 1 / 0)
     assert bank.prepared("x", lambda: 7) == 7
+
+
+class Followed:
+    """Something prepared that notes what it is brought up to date with; `meanwhile` runs within an update."""
+
+    def __init__(self, meanwhile=lambda: None):
+        self.updates, self.meanwhile = [], meanwhile
+
+    def update(self, first, count):
+        self.meanwhile()
+        self.updates.append((first, count))
+
+
+def test_an_update_that_fails_is_made_up_for():
+    def fail():
+        raise MemoryError
+
+    prepared, made = Prepared(), Followed()
+    prepared.get("x", lambda: made)
+    for first in (3, 8):
+        with prepared.overwriting([range(first, first + 2), range(0)]):
+            pass
+    made.meanwhile = fail
+    for _ in range(2):
+        with pytest.raises(MemoryError):
+            prepared.made("x")
+    made.meanwhile = lambda: None
+    assert prepared.made("x") is made
+    assert prepared.made("x") is made
+    assert made.updates == [(3, 2), (8, 2)]
+
+
+def test_what_is_made_is_behind_however_the_writing_ends():
+    prepared, made, served, plain = Prepared(), Followed(), Followed(), object()
+    for purpose, thing in {"x": made, "served": served, "plain": plain}.items():
+        prepared.get(purpose, lambda thing=thing: thing)
+    with prepared.overwriting([range(4, 6)]) as purposes:
+        prepared.made("x")  # before the keys were written
+        assert prepared.made("plain") is None
+        purposes.add("served")
+    assert prepared.made("x").updates == [(4, 2), (4, 2)]
+    assert prepared.made("served").updates == []
+
+    def interrupt():
+        with prepared.overwriting([range(1, 2)]):
+            prepared.made("x")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupt()
+    assert prepared.made("x").updates == [(4, 2)] * 2 + [(1, 1)] * 2
+    assert prepared.made("served").updates == [(1, 1)]
+
+
+@pytest.mark.timeout(20)
+def test_signal_handlers_may_search_and_push_while_their_thread_prepares():
+    prepared, made = Prepared(), []
+
+    def overwrite():
+        with prepared.overwriting([range(7, 9)]):
+            pass
+
+    def make():
+        made.append(Followed())
+        if len(made) == 1:
+            prepared.get("x", make)  # as a handler would
+            overwrite()
+        return made[-1]
+
+    assert prepared.get("x", make).updates == [(7, 2)]
+
+    inner = prepared.made("x")
+    inner.meanwhile = lambda: setattr(inner, "meanwhile", lambda: None) or overwrite()
+    overwrite()
+    assert prepared.made("x").updates == [(7, 2)] * 3, "what was overwritten during the update is behind"
+    inner.meanwhile = lambda: setattr(inner, "meanwhile", lambda: None) or prepared.made("x")
+    overwrite()
+    assert prepared.made("x").updates == [(7, 2)] * 5, "once by the handler, once by what it interrupted"
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("metric", ["ip", "l2"])
+def test_a_signal_handler_may_mine_with_a_bank_being_held(monkeypatch, metric):
+    x = np.random.default_rng(0).standard_normal((700, 8)).astype(np.float32)
+    bank, plan, inner, hold = ce.Bank({"rgb": x}, metric=metric), ce.CascadePlan.parse("rgb:5"), [], cpu._hold
+
+    def mine(*_):
+        return ce.mine(plan, {"rgb": x[:9]}, bank, backend="cpu").index
+
+    def interrupted(bank):
+        monkeypatch.setattr(cpu, "_hold", hold)
+        signal.raise_signal(signal.SIGUSR1)
+        return hold(bank)
+
+    monkeypatch.setattr(cpu, "_hold", interrupted)
+    before = signal.signal(signal.SIGUSR1, lambda *_: inner.append(mine()))
+    try:
+        found = mine()
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert (found == inner[0]).all()

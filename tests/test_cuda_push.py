@@ -13,6 +13,7 @@ from test_loss import gradients
 
 import cascade_engine as ce
 from cascade_engine import loss as losses
+from cascade_engine.errors import CudaError, StaleBank
 
 DIMS = {"a": 1, "b": 33, "c": 70, "d": 8}
 SIZE = 41
@@ -176,3 +177,65 @@ def test_emulated_push_divides_by_lengths(native):
     for got, (x, y) in zip(mine.bank().keys["x"].tolist(), pairs, strict=True):
         length = math.sqrt(x * x + y * y)
         assert got[0] == float(np.float32(x / length)) != float(np.float32(x * (1 / length)))
+
+
+class Failing:
+    """The native module, whose next call of a given name fails, having done its work or not."""
+
+    def __init__(self, native, *, done):
+        self.native, self.done, self.next = native, done, None
+
+    def __getattr__(self, name):
+        call = getattr(self.native, name)
+        if name != self.next:
+            return call
+        self.next = None
+
+        def fail(**arguments):
+            if self.done:
+                call(**arguments)
+            raise RuntimeError("a launch failed")
+
+        return fail
+
+
+@pytest.mark.parametrize("done", [False, True])
+@pytest.mark.parametrize("launch", ["push", "pack"])
+def test_emulated_launches_that_fail_leave_no_answers_of_keys_that_are_gone(native, launch, done):
+    emulated.schedule(native, 2)
+    rng, plan = np.random.default_rng(6), ce.CascadePlan.parse("b:50%,b:5")
+    queries = {"b": separated(rng, 4, 33)}
+    queue, failing = ce.KeyQueue(SIZE, {"b": 33}, device="cpu"), Failing(native, done=done)
+
+    def assert_right():
+        bank = queue.bank()
+        found = emulated.mine_bank(failing, plan, queries, bank)
+        want = ce.mine(plan, queries, ce.Bank({"b": bank.host_keys("b")}), backend="reference")
+        np.testing.assert_array_equal(found.index, want.index)
+
+    queue.push({"b": torch.from_numpy(separated(rng, SIZE, 33))}, torch.arange(SIZE))
+    assert_right()  # packs the ring
+    shown, other = queue.bank(), {"b": torch.from_numpy(3 * separated(rng, 30, 33))}
+    failing.next = launch
+    if launch == "push":
+        with pytest.raises(CudaError, match="a launch failed"):
+            emulated.push(failing, queue, other, torch.arange(30))
+        with pytest.raises(StaleBank):
+            shown.ensure_fresh()
+    else:
+        queue.push(other, torch.arange(30))
+        with pytest.raises(CudaError, match="a launch failed"):
+            assert_right()
+    assert_right()
+    emulated.push(native, queue, {"b": other["b"][:5]}, torch.arange(5))
+    assert_right()
+
+
+def test_emulated_mine_takes_a_push_of_nothing(native):
+    emulated.schedule(native, 0)
+    plan, keys = ce.CascadePlan.parse("x:5"), torch.randn(SIZE, 8, generator=torch.Generator().manual_seed(0))
+    queue = ce.KeyQueue(SIZE, {"x": 8}, device="cpu")
+    queue.push({"x": keys}, torch.arange(SIZE))
+    want = emulated.mine_bank(native, plan, {"x": keys[:2].numpy()}, queue.bank()).index
+    queue.push({"x": keys[:0]}, torch.arange(0))
+    assert torch.equal(emulated.mine_bank(native, plan, {"x": keys[:2].numpy()}, queue.bank()).index, want)

@@ -1,8 +1,11 @@
 """The key queue against a model: a list that keeps the newest keys."""
 
 import copy
+import itertools
 import math
 import pickle
+import sys
+from functools import partial
 
 import ml_dtypes
 import numpy as np
@@ -14,6 +17,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 import cascade_engine as ce
+from cascade_engine import bank as banks
+from cascade_engine import queue as queues
 from cascade_engine.errors import InvalidInput, StaleBank
 from cascade_engine.tensor import like
 
@@ -279,3 +284,68 @@ def test_a_push_tells_autograd_that_the_keys_changed():
     queue.push({"x": torch.ones(1, 3)}, np.arange(1))
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         scores.backward()
+
+
+def is_interrupted(call, after):
+    """Makes a call, raising KeyboardInterrupt `after` lines of queue.py and bank.py; whether it got so far."""
+    files, lines = {queues.__file__, banks.__file__}, itertools.count()
+
+    def trace(frame, event, _):
+        if frame.f_code.co_filename not in files:
+            return None
+        if event == "line" and next(lines) == after:
+            sys.settrace(None)
+            raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(before)
+    return False
+
+
+@pytest.mark.parametrize("change", ["push", "load_state_dict"])
+@pytest.mark.parametrize("metric", ["ip", "l2"])
+def test_an_interrupted_change_leaves_no_answers_of_keys_that_are_gone(change, metric):
+    rng, plan, size = np.random.default_rng(0), ce.CascadePlan.parse("rgb:50%,rgb:5"), 520
+
+    def batch(count, scale=1):
+        return {"rgb": (scale * rng.standard_normal((count, 8))).astype(np.float32)}, np.arange(count)
+
+    first, second, third, queries = batch(size + 9), batch(size - 1, 3), batch(20), batch(16)[0]
+
+    def assert_right(bank):
+        found = ce.mine(plan, queries, bank, backend="cpu")
+        want = ce.mine(
+            plan, queries, ce.Bank({"rgb": bank.host_keys("rgb").copy()}, metric=metric), backend="reference"
+        )
+        assert (found.index == want.index).all()
+
+    other = ce.KeyQueue(size, {"rgb": 8}, metric=metric)
+    other.push(*second)
+    other.push(*third)
+    state = other.state_dict()
+    for after in itertools.count():
+        queue = ce.KeyQueue(size, {"rgb": 8}, metric=metric)
+        queue.push(*first)
+        shown = queue.bank()
+        assert_right(shown)  # prepares it
+        call = partial(queue.push, *second) if change == "push" else partial(queue.load_state_dict, state)
+        interrupted = is_interrupted(call, after)
+        try:
+            assert_right(shown)
+        except StaleBank:
+            pass
+        else:
+            assert (shown.host_keys("rgb")[9:] == first[0]["rgb"][9:size]).all()
+        assert_right(queue.bank())
+        queue.push(*third)
+        assert_right(queue.bank())
+        if not interrupted:
+            break
+    assert after > 20

@@ -30,7 +30,7 @@ from cascade_engine.tensor import FEATURE_DTYPES, dtype_name
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from cascade_engine.bank import Metric, Prepared
+    from cascade_engine.bank import Metric
 
 WORKSPACE_LIMIT = 1 << 30  # bytes; queries go in waves where one launch would need more
 BLOCKS = 528  # of a launch over tiles of keys: four on each SM of an H100
@@ -154,46 +154,36 @@ class Engine:
 
     def push(
         self,
-        keys: Mapping[str, tuple[Any, Any]],
+        keys: Mapping[str, tuple[Any, Any, Packed | None]],
         columns: Sequence[tuple[Any, Any]],
-        prepared: Prepared,
         *,
         metric: Metric,
         cursor: int,
         normalise: bool,
-    ) -> list[object]:
+    ) -> None:
         """Write a batch into a key queue's ring, packing it where its views have been searched: one launch for 8 views.
 
         Args:
-            keys: view to a batch (n, D) and its ring (size, D), of the types of features. Row i of the batch goes to
-                slot (cursor + i) mod size; of more rows than slots the last ones stay.
+            keys: view to a batch (n, D), its ring (size, D), both of the types of features, and what has been packed of
+                the ring, or None. Row i of the batch goes to slot (cursor + i) mod size; of more rows than slots the
+                last ones stay.
             columns: batches (n,) int64, or None for -1, and their rings (size,).
-            prepared: what has been made of the ring.
             metric: of the ring's banks.
             cursor: the slot of the batch's first key.
             normalise: scale each key to unit length.
 
-        Returns:
-            The purposes for which `prepared` holds the new keys already.
-
         Raises:
             CudaError: a launch failed.
         """
-        views = list(keys)
-        packed = {view: prepared.made(_purpose(view)) for view in views}
-        device = keys[views[0]][1].device
-        batches = {view: contiguous_rows(batch) for view, (batch, _) in keys.items()}
+        views = [(contiguous_rows(batch), ring, packed) for batch, ring, packed in keys.values()]
+        device = views[0][1].device
         given = [(None if batch is None else batch.contiguous(), ring) for batch, ring in columns]
         with on_device(device), cuda_errors():
             for start in range(0, len(views), self.native.MAX_VIEWS):
                 self.native.push(
                     views=[
-                        (
-                            describe(batches[view]),
-                            describe(keys[view][1]),
-                            (0, 0, 0) if packed[view] is None else packed[view].addresses(),
-                        )
-                        for view in views[start : start + self.native.MAX_VIEWS]
+                        (describe(batch), describe(ring), (0, 0, 0) if packed is None else packed.addresses())
+                        for batch, ring, packed in views[start : start + self.native.MAX_VIEWS]
                     ],
                     columns=[] if start else [(address(batch), address(ring)) for batch, ring in given],
                     metric=METRICS.index(metric),
@@ -201,7 +191,6 @@ class Engine:
                     normalise=normalise,
                     stream=stream_of(device),
                 )
-        return [_purpose(view) for view in views if packed[view] is not None]
 
     def contrast(
         self,
@@ -274,7 +263,7 @@ class Engine:
     def _packed(self, bank: Bank, view: str) -> Packed:
         """The view's keys as halves, made at the bank's first search."""
         metric = METRICS.index(bank.metric)
-        return bank.prepared(_purpose(view), lambda: Packed(self.native, contiguous_rows(bank.keys[view]), metric))
+        return bank.prepared(purpose(view), lambda: Packed(self.native, contiguous_rows(bank.keys[view]), metric))
 
     def _stages(self, plan: CascadePlan, counts: Sequence[int]) -> list[tuple[list[int], int, int, bool]]:
         most_views, most_stages = self.native.MAX_VIEWS, self.native.MAX_STAGES
@@ -294,6 +283,6 @@ class Engine:
         ]
 
 
-def _purpose(view: str) -> tuple[str, str]:
+def purpose(view: str) -> tuple[str, str]:
     """What a view's packed keys are kept for on their bank."""
     return "cuda", view
