@@ -90,6 +90,21 @@ def test_knn_votes_by_weight():
     assert knn(test, train, k=5, temperature=1e3).figures["accuracy"] == 0.5
 
 
+@pytest.mark.parametrize("temperature", [0.07, 1e-3, 1e-6])
+def test_nearer_neighbours_weigh_more_at_any_temperature(temperature):
+    def towards(*angles: float) -> np.ndarray:
+        return np.array([[np.cos(angle), np.sin(angle)] for angle in angles], np.float32)
+
+    train = FeatureSet(
+        values=towards(0, 0.5, np.pi, np.pi + 0.5),
+        label=np.array([1, 0, 1, 0]),
+        video_id=np.arange(4),
+        classes=("a", "b"),
+    )
+    test = replace(train, values=towards(0, np.pi), label=np.array([1, 1]), video_id=np.array([10, 11]))
+    assert knn(test, train, k=3, temperature=temperature).figures["accuracy"] == 1.0
+
+
 def test_every_protocol_gives_the_same_bits_twice():
     test, train = split(4, noise=0.9, first_id=1000), split(5, noise=0.9)
     for protocol in (retrieval, knn, linear_probe):

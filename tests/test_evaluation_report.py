@@ -67,6 +67,21 @@ def test_without_labels_nothing_is_called_right(bank_and_queries):
     assert all(stage.right is None and stage.precision is None for stage in trace.stages)
 
 
+def test_a_query_without_a_label_has_nothing_right(bank_and_queries):
+    bank, queries = bank_and_queries
+    bank.label = np.where(np.arange(40) % 4 < 2, "", bank.label)
+    unknown, known = trace_cascade(PLAN, queries, bank, bank.video_id, rows=[0, 2], query_labels=bank.label)
+    assert unknown.base_rate is None
+    assert all(stage.right is None for stage in unknown.stages)
+    assert known.base_rate == (bank.label == "class 2")[bank.video_id != 1].mean()
+
+
+def test_what_is_not_finite_interrupts_a_line():
+    drawn = curves({"a": ([0, 1, 2, 3, 4], [1, float("nan"), 3, 2, float("inf")])}, x_label="x", y_label="y")
+    assert [len(points.split()) for points in re.findall(r'<polyline points="([^"]*)"', drawn)] == [1, 2]
+    assert drawn.count("<circle") == 2
+
+
 def test_the_page_shows_the_cascade_and_fetches_nothing(bank_and_queries, tmp_path):
     bank, queries = bank_and_queries
     picture = np.full((48, 64, 3), 200, np.uint8)

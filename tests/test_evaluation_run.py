@@ -180,6 +180,18 @@ def test_mining_scores_are_counted_by_hand(run):
     assert set(found.views) == {"residual", "rgb", "agreement"}
 
 
+def test_mining_is_judged_whatever_numbers_the_videos_have(tmp_path):
+    """Deployed features carry hashes as ids: no table can be as long as the largest."""
+    values = np.random.default_rng(0).standard_normal((20, 8)).astype(np.float32)
+    found = []
+    for place, first in enumerate((0, 1 << 60, -5)):
+        with FeatureStore.create(tmp_path / str(place), {"rgb": 8}, columns={"label": "str"}) as store:
+            ids = {"clip_id": np.arange(20), "video_id": first + np.arange(20) // 2}
+            store.append({"rgb": values}, **ids, start=0.0, end=1.0, label=np.array(["a", "b", ""] * 7)[:20])
+            found.append(mining(store, ce.CascadePlan.parse("rgb:3")).to_json())
+    assert found[0] == found[1] == found[2]
+
+
 @pytest.mark.parametrize("protocol", ["retrieval", "knn", "linear"])
 def test_the_protocols_commands_give_the_same_bits_twice(run, protocol, tmp_path):
     page = tmp_path / "page.html"
@@ -291,3 +303,6 @@ def test_queries_are_drawn_from_all_classes():
     assert {str(labels[row]) for row in rows[:3]} == {"a", "b", "c"}
     assert len(sample_queries(labels, 50, 0)) == 13
     assert rows == sample_queries(labels, 5, 0)
+    some = np.where(np.arange(13) % 2, labels, "")
+    assert "" not in some[sample_queries(some, 50, 0)]
+    assert len(sample_queries(np.full(4, ""), 3, 0)) == 3

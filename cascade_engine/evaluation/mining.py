@@ -78,11 +78,11 @@ def mining(
     label = store.column("label", phase=phase)[rows]
     classes, numbers = np.unique(label, return_inverse=True)
     numbers = np.where(classes[numbers] == "", -1, numbers)
-    group = _groups(store, phase, rows, videos)
-    size = int(videos.max()) + 1
-    of_video, group_of = np.full(size, -1, np.int64), np.full(size, -1, np.int64)
-    of_video[videos], group_of[videos] = numbers, group
-    metrics = MiningMetrics(of_video, group_of, np.unique(videos))
+    names, videos = np.unique(videos, return_inverse=True)  # counted by place: ids may be any numbers, such as hashes
+    bank.video_id = torch.from_numpy(videos)
+    of_video, group_of = np.full(len(names), -1, np.int64), np.full(len(names), -1, np.int64)
+    of_video[videos], group_of[videos] = numbers, _groups(store, phase, rows, videos)
+    metrics = MiningMetrics(of_video, group_of, np.arange(len(names)))
     right, mined = np.zeros(len(classes)), np.zeros(len(classes))
     for tile, found in self_tiles(plan, bank):
         metrics.add(found, bank, torch.as_tensor(videos[tile]))

@@ -22,9 +22,10 @@ from cascade_engine.plan import CascadePlan
 
 
 def nearest(test: FeatureSet, gallery: FeatureSet, k: int) -> tuple[I64, F32]:
-    """The k nearest rows of `gallery` of each row of `test`, never of the same video: (index, similarity), (Q, k).
+    """The k nearest rows of `gallery` of each row of `test`, never of the same video: (index, similarity).
 
-    Rows are compared as they are; -1 and -inf where fewer than k are eligible.
+    Both are (Q, k), or (Q, G) of a gallery of G < k rows. Rows are compared as they are; -1 and -inf where fewer are
+    eligible.
 
     Raises:
         InvalidInput: k under 1, splits that differ, or a query for which nothing is eligible.
@@ -78,7 +79,8 @@ def knn(test: FeatureSet, train: FeatureSet, *, k: int = 20, temperature: float 
         raise InvalidInput(f"temperature: expected a positive number, got {temperature}")
     queries, bank = test.per_video().normalised(), train.per_video().normalised()
     index, similarity = nearest(queries, bank, k)
-    weight = np.exp(similarity.astype(np.float64) / temperature)  # 0 where there is no neighbour
+    near = similarity.astype(np.float64)
+    weight = np.exp((near - near[:, :1]) / temperature)  # of the best 1, which no temperature overflows; 0 of none
     votes = np.zeros((len(queries), len(test.classes)))
     rows = np.broadcast_to(np.arange(len(queries))[:, None], index.shape)
     np.add.at(votes, (rows, bank.label[index]), weight)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 from cascade_engine.errors import InvalidInput
@@ -98,20 +100,19 @@ def curves(
     series: Mapping[str, tuple[Sequence[float], Sequence[float]]], *, x_label: str, y_label: str, title: str = ""
 ) -> str:
     """Lines over a shared pair of axes, as inline SVG; values that are not finite interrupt a line."""
-    finite = {
-        name: [(float(x), float(y)) for x, y in zip(*line, strict=True) if _finite(x) and _finite(y)]
-        for name, line in series.items()
-    }
-    points = [point for line in finite.values() for point in line]
+    finite = {name: _pieces(list(zip(*line, strict=True))) for name, line in series.items()}
+    points = [point for pieces in finite.values() for piece in pieces for point in piece]
     if not points:
         return paragraph("nothing to show")
     axes = _Axes(points, 640, 260)
     lines = []
-    for number, (name, line) in enumerate(finite.items()):
+    for number, (name, pieces) in enumerate(finite.items()):
         colour = COLOURS[number % len(COLOURS)]
-        drawn = " ".join(f"{axes.x(x):.1f},{axes.y(y):.1f}" for x, y in line)
-        lines.append(f'<polyline points="{drawn}" fill="none" stroke="{colour}" stroke-width="1.6"/>')
-        lines += [f'<circle cx="{axes.x(x):.1f}" cy="{axes.y(y):.1f}" r="2.5" fill="{colour}"/>' for x, y in line[:1]]
+        for piece in pieces:
+            drawn = " ".join(f"{axes.x(x):.1f},{axes.y(y):.1f}" for x, y in piece)
+            lines.append(f'<polyline points="{drawn}" fill="none" stroke="{colour}" stroke-width="1.6"/>')
+            x, y = piece[0]
+            lines.append(f'<circle cx="{axes.x(x):.1f}" cy="{axes.y(y):.1f}" r="2.5" fill="{colour}"/>')
         lines.append(
             f'<text x="{axes.width - 8}" y="{18 + 14 * number}" text-anchor="end" style="fill:{colour}">'
             f"{html.escape(name)}</text>"
@@ -179,8 +180,10 @@ def _figure(drawing: str, title: str) -> str:
     return f"<figure>{drawing}<figcaption>{html.escape(title)}</figcaption></figure>"
 
 
-def _finite(value: float) -> bool:
-    return value == value and abs(value) != float("inf")
+def _pieces(line: Sequence[tuple[float, float]]) -> list[list[tuple[float, float]]]:
+    """The stretches of a line whose values are finite."""
+    runs = groupby(line, lambda point: math.isfinite(point[0]) and math.isfinite(point[1]))
+    return [[(float(x), float(y)) for x, y in run] for finite, run in runs if finite]
 
 
 class _Axes:

@@ -78,7 +78,7 @@ def trace_cascade(
         bank: the keys, with `label` where known.
         exclude: (B,) video ids.
         rows: which queries to follow.
-        query_labels: (B,) labels as the bank's, to tell right from wrong.
+        query_labels: (B,) labels as the bank's, to tell right from wrong; "" where a query's is unknown.
         backend: as in `mine`.
 
     Raises:
@@ -94,7 +94,8 @@ def trace_cascade(
     owner = bank.host_video_id()
     traces = []
     for position, row in enumerate(picked.tolist()):
-        same = None if labels is None or query_labels is None else labels == query_labels[row]
+        known = labels is not None and query_labels is not None and query_labels[row] != ""
+        same = labels == query_labels[row] if known and query_labels is not None else None
         eligible = np.ones(bank.size, bool) if owner is None else owner != ids[position]
         stages = []
         for stage, kept in zip(plan.stages, found.kept, strict=True):

@@ -205,14 +205,21 @@ def _cascades(run: Run, plan: CascadePlan, config: ReportConfig) -> Section:
         )
         for trace in traces
     )
-    told = f"Each query's way through {plan}: the best survivors of every stage; green ones are of its class."
+    told = (
+        f"Each query's way through {plan}: the best survivors of every stage; green ones are of its class, clips "
+        "without a label of none."
+    )
     return Section(title="The cascade at work", body=paragraph(told) + body)
 
 
 def sample_queries(labels: np.ndarray, count: int, seed: int) -> list[int]:
-    """Rows to show: drawn one from each class in turn, so that no class is shown twice before all are once."""
+    """Rows to show: drawn one from each class in turn, so that no class is shown twice before all are once.
+
+    Rows without a label are drawn where there is no other.
+    """
     rng = np.random.default_rng(seed)
-    piles = [rng.permutation(np.flatnonzero(labels == name)).tolist() for name in rng.permutation(np.unique(labels))]
+    classes = np.unique(labels[labels != ""]) if (labels != "").any() else np.unique(labels)
+    piles = [rng.permutation(np.flatnonzero(labels == name)).tolist() for name in rng.permutation(classes)]
     chosen: list[int] = []
     while len(chosen) < count and any(piles):
         for pile in piles:
