@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import zarr
 
 import cascade_engine as ce
 from cascade_engine.errors import CascadeError, InvalidInput, NotFound, SchemaMismatch
@@ -247,8 +248,6 @@ def test_a_store_is_mined_in_tiles_and_goes_on_where_it_stopped(tmp_path):
         mine_into(tmp_path / "p.zarr", bank, plan, origin={"store": "other"})
     assert mine_into(tmp_path / "p.zarr", bank, plan, origin={"store": "s"}, tile=9) == 29
     assert mine_into(tmp_path / "p.zarr", bank, plan, origin={"store": "s"}) == 0
-    import zarr
-
     group = zarr.open_group(tmp_path / "p.zarr", mode="r")
     assert np.array_equal(group["index"][:], want.index)
     assert np.array_equal(group["similarity"][:], want.similarity)
@@ -264,3 +263,21 @@ def test_a_store_is_mined_in_tiles_and_goes_on_where_it_stopped(tmp_path):
         assert [slot for slot in got.index[row].tolist() if slot >= 0] == slots
     with pytest.raises(NotFound, match="positives: expected a table"):
         PositiveVideos.read(tmp_path / "none.zarr")
+
+
+def test_a_table_interrupted_while_it_was_made_is_made_and_other_files_are_left_alone(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    bank = ce.Bank({"rgb": rng.standard_normal((12, 4)).astype(np.float32)}, np.arange(12) // 2)
+    plan = ce.CascadePlan.parse("rgb:2")
+    with monkeypatch.context() as killed:
+        killed.setattr(zarr.core.attributes.Attributes, "update", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            mine_into(tmp_path / "half.zarr", bank, plan, origin={})
+    assert mine_into(tmp_path / "half.zarr", bank, plan, origin={}) == 12
+    assert PositiveVideos.read(tmp_path / "half.zarr").videos.shape[0] == 6
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "plain" / "letter.txt").write_text("dear")
+    for target in (tmp_path / "plain", tmp_path / "plain" / "letter.txt"):
+        with pytest.raises(SchemaMismatch, match=r"expected a table of positives, or nothing; found letter.txt"):
+            mine_into(target, bank, plan, origin={})
+    assert [each.name for each in (tmp_path / "plain").iterdir()] == ["letter.txt"]

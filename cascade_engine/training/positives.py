@@ -24,6 +24,7 @@ from cascade_engine.tensor import to_host
 
 FORMAT = 1
 CHUNK = 4096  # rows
+ARRAYS = ("index", "similarity", "video_id", "clip_id")
 
 
 def mine_into(
@@ -51,23 +52,24 @@ def mine_into(
         Rows mined by this call: 0 where the table was complete.
 
     Raises:
-        SchemaMismatch: the table was begun from another origin or with another plan.
+        SchemaMismatch: the table was begun from another origin or with another plan, or something else is there.
     """
     import zarr
 
     if bank.video_id is None:
         raise InvalidInput("bank: expected video ids, got a bank without")
     about: dict[str, Any] = {"format": FORMAT, "plan": str(plan), "rows": bank.size, "origin": origin}
+    _require_free(Path(target))
     group = zarr.open_group(str(target), mode="a")
     begun: dict[str, Any] = dict(group.attrs)
-    if not begun:
+    if not begun:  # new, or interrupted before it said what it is: the arrays are made once more
         k = plan.counts(bank.size)[-1]
         for name, dtype, fill in (("index", "int64", -1), ("similarity", "float32", float("-inf"))):
             chunks = (min(CHUNK, max(1, bank.size)), max(1, k))
-            group.create_array(name, shape=(bank.size, k), chunks=chunks, dtype=dtype, fill_value=fill)
+            group.create_array(name, shape=(bank.size, k), chunks=chunks, dtype=dtype, fill_value=fill, overwrite=True)
         clip_id = np.arange(bank.size) if bank.clip_id is None else to_host(bank.clip_id, "clip_id")
         for name, values in (("video_id", to_host(bank.video_id, "video_id")), ("clip_id", clip_id)):
-            group.create_array(name, data=np.ascontiguousarray(values, np.int64))
+            group.create_array(name, data=np.ascontiguousarray(values, np.int64), overwrite=True)
         begun = {**about, "done": 0}
         group.attrs.update(begun)
     there = {key: begun.get(key) for key in about}
@@ -82,6 +84,14 @@ def mine_into(
         if progress is not None:
             progress(rows.stop, bank.size)
     return bank.size - first
+
+
+def _require_free(target: Path) -> None:
+    """Refuse a place that holds anything but a table, or the beginnings of one."""
+    there = {each.name for each in target.iterdir()} if target.is_dir() else {target.name} if target.exists() else set()
+    foreign = sorted(there - {*ARRAYS, "zarr.json"})
+    if foreign:
+        raise SchemaMismatch(f"{target}: expected a table of positives, or nothing; found {foreign[0]} there")
 
 
 @dataclass(frozen=True, kw_only=True)
