@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from .printing import literal
 from .values import SEED, SHARE, NewFile
 
 if TYPE_CHECKING:
@@ -89,9 +90,9 @@ def _table(rows: list[dict[str, Any]]) -> None:
 
     shown = Table(box=None, pad_edge=False)
     for name in rows[0] if rows else ():
-        shown.add_column(name, justify="left" if isinstance(rows[0][name], str) else "right")
+        shown.add_column(literal(name), justify="left" if isinstance(rows[0][name], str) else "right")
     for row in rows:
-        shown.add_row(*(f"{each:.3f}" if isinstance(each, float) else str(each or "-") for each in row.values()))
+        shown.add_row(*(literal(f"{each:.3f}" if isinstance(each, float) else each or "-") for each in row.values()))
     Console().print(shown)
 
 

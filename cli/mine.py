@@ -17,7 +17,9 @@ from cascade_engine.plan import CascadePlan
 @click.option("--to", "target", required=True, type=click.Path(path_type=Path), help="The table, a Zarr group.")
 @click.option("--phase", help="Of the store; its first one by default.")
 @click.option("--where", help="A condition on the clips, such as \"split == 'train'\".")
-@click.option("--tile", default=4096, show_default=True, help="Queries at a time: bounds the memory.")
+@click.option(
+    "--tile", default=4096, show_default=True, type=click.IntRange(1), help="Queries at a time: bounds the memory."
+)
 @click.option("--backend", type=click.Choice(PREFERENCE), help="The best that can run by default.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(
@@ -41,21 +43,22 @@ def command(
       cascade mine runs/tiny/features.zarr --phase flow-1 --where "split == 'train'" --plan "sum(rgb,flow):5" \\
           --to positives.zarr
     """
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
     from cascade_engine.store import FeatureStore
     from cascade_engine.training.positives import mine_into
+
+    from .progress import bar
 
     plan = CascadePlan.parse(plan_text)
     with FeatureStore.open(store_path, phase=phase) as store:
         bank = store.bank(views=plan.views, where=where)
         origin = {"store": str(store_path.absolute()), "phase": store.phase, "where": where, "commit": store.commit}
-        columns = (TextColumn("mining"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, transient=True, disable=as_json) as bars:
-            task = bars.add_task("mining", total=bank.size)
+        with bar("mining", bank.size) as advance:
+            done = 0
 
-            def told(done: int, _: int) -> None:
-                bars.update(task, completed=done)
+            def told(upto: int, _: int) -> None:
+                nonlocal done
+                advance(upto - done)
+                done = upto
 
             mined = mine_into(target, bank, plan, origin=origin, tile=tile, backend=backend, progress=told)
     if as_json:

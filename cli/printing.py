@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from rich.text import Text
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
@@ -13,6 +16,13 @@ as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def say(about: dict[str, Any], as_json: bool, text: str) -> None:
     """The same for programs or for people."""
     click.echo(json.dumps(about, indent=2) if as_json else text)
+
+
+def literal(text: object) -> Text:
+    """The text for rich, which would take words in brackets for its markup: names and labels have any."""
+    from rich.text import Text
+
+    return Text(str(text))
 
 
 def sized(count: float) -> str:

@@ -10,6 +10,8 @@ import click
 
 from cascade_engine.errors import CascadeError, InvalidInput
 
+from .printing import literal
+
 if TYPE_CHECKING:
     from cascade_engine.training.run import Run
 
@@ -106,9 +108,9 @@ def _show(rows: list[dict[str, Any]], as_json: bool, *, empty: str) -> None:
     table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
     names = list(dict.fromkeys(name for row in rows for name in row))
     for name in names:
-        table.add_column(name, overflow="fold")
+        table.add_column(literal(name), overflow="fold")
     for row in rows:
-        table.add_row(*(_cell(row.get(name)) for name in names))
+        table.add_row(*(literal(_cell(row.get(name))) for name in names))
     console = Console()
     console.width = console.width if console.is_terminal else 200  # a file or pipe has no width
     console.print(table)

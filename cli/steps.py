@@ -24,7 +24,7 @@ def steps() -> Iterator[Callable[[str, int, int], None]]:
 
     console = Console(stderr=True)
     columns = (
-        TextColumn("{task.description:24}"),
+        TextColumn("{task.description:24}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
@@ -37,7 +37,7 @@ def steps() -> Iterator[Callable[[str, int, int], None]]:
             if name not in tasks:
                 tasks[name] = progress.add_task(name, total=total)
                 if not console.is_terminal:
-                    console.print(name)
+                    console.print(name, markup=False)
             progress.update(tasks[name], completed=done, total=total)
 
         yield tell

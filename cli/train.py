@@ -13,6 +13,8 @@ import click
 
 from cascade_engine.errors import InvalidInput
 
+from .printing import literal
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -94,7 +96,7 @@ def _train(config: TrainConfig, *, resume: bool, dry_run: bool) -> None:
     line = _Line(config, console)
     with line:
         run = train(config, resume=resume, cache=cache, report=line)
-    console.print(f"done: {run.folder}; features of phases {', '.join(run.phases)} in {run.store_path}")
+    console.print(f"done: {run.folder}; features of phases {', '.join(run.phases)} in {run.store_path}", markup=False)
 
 
 def _show_phases(config: TrainConfig, console: Console) -> None:
@@ -105,11 +107,11 @@ def _show_phases(config: TrainConfig, console: Console) -> None:
     from cascade_engine.training.phases import PhaseRow, phase_rows
 
     title = f"{config.name}: {config.model.encoder}, seed {config.seed}"
-    table = Table(title=title, box=box.SIMPLE, padding=(0, 1, 0, 0))
+    table = Table(title=literal(title), box=box.SIMPLE, padding=(0, 1, 0, 0))
     for column in fields(PhaseRow):
         table.add_column(column.name, overflow="fold")
     for row in phase_rows(config):
-        table.add_row(*(str(getattr(row, column.name)) for column in fields(PhaseRow)))
+        table.add_row(*(literal(getattr(row, column.name)) for column in fields(PhaseRow)))
     console.print(table)
 
 
@@ -119,7 +121,7 @@ def _prepared(config: TrainConfig, console: Console) -> Any:
 
     from cascade_engine.training.data import open_cache
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, console=console, transient=True) as bars:
         task = bars.add_task("videos", total=None)
 
@@ -139,7 +141,7 @@ class _Line:
 
         self.console, self.live = console, console.is_terminal
         self.rows = phase_rows(config)
-        text = TextColumn("{task.description}")
+        text = TextColumn("{task.description}", markup=False)
         self.bars = Progress(text, BarColumn(bar_width=20), TimeRemainingColumn(), console=console)
         self.tasks: dict[int, Any] = {}
         self.epoch = (-1, -1)
@@ -161,7 +163,7 @@ class _Line:
             row = self.rows[now.number]
             oracles = f", oracle {row.oracles}" if row.oracles else ""
             told = f"phase {row.number} {row.name}: trains {row.train} from {row.inherits}{oracles}"
-            self.console.print(told, highlight=False)
+            self.console.print(told, highlight=False, markup=False)
             self.tasks[now.number] = self.bars.add_task(now.phase, total=now.steps)
         precision = "-" if now.precision is None else f"{now.precision:.2f}"
         text = (

@@ -33,7 +33,8 @@ class NewFile(click.Path):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
         """The file's path."""
-        path = Path(super().convert(value, param, ctx))
+        path = super().convert(value, param, ctx)
+        assert isinstance(path, Path)
         if not path.parent.is_dir():
             self.fail(f"there is no folder {str(path.parent)!r}.", param, ctx)
         if self.suffixes and path.suffix.lower() not in self.suffixes:

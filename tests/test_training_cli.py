@@ -124,6 +124,8 @@ def test_a_store_is_mined_and_trained_from(folder, trained, monkeypatch):
     assert done.exit_code == 0, done.exception
     assert (json.loads(done.output)["rows"], json.loads(done.output)["mined"]) == (18, 18)
     assert json.loads(cascade("mine", store, *plan, "--to", "p.zarr", "--json").output)["mined"] == 0
+    again = cascade("mine", store, *plan, "--to", "p.zarr")
+    assert again.stdout.startswith("p.zarr: positives of 18 clips")
     offline = settings("name=offline", "phase.rgb-1.positives=p.zarr")
     done = cascade("train", "c.toml", *offline)
     assert done.exit_code == 0, (done.output, done.exception)
