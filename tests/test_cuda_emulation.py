@@ -151,6 +151,23 @@ def test_emulated_mine_equals_the_reference_in_every_regime(native, regime, metr
     np.testing.assert_array_equal(found.similarity, want.similarity)
 
 
+@pytest.mark.parametrize("text", ["min(a,b):50%", "max(b,a):50%", "sum(a,b):50%,a:5"])
+def test_emulated_views_are_compared_by_the_lengths_that_the_contract_sums(native, text):
+    """Far from all keys, as float64 has it, two views' squared lengths are equal whose difference decides in truth."""
+    emulated.schedule(native, 0, perturb=False)
+    rng, plan = np.random.default_rng(0), ce.CascadePlan.parse(text)
+    a, b = np.zeros((2, 2, 2048), np.float32)
+    a[:, :8] = b[:, :8] = 1
+    a[:, 8:] = 1.4 * 2.0**-27  # each square is lost in a sum that holds 1
+    keys = {view: np.zeros((300, 2048), np.float32) for view in "ab"}
+    for x in keys.values():
+        x[:, :16] = 1e-12 * rng.integers(-8, 9, (300, 16)) / 8
+    queries = {"a": a, "b": b}
+    want = ce.mine(plan, queries, ce.Bank(keys, metric="l2"), backend="reference")
+    found = emulated.mine(native, plan, queries, keys, metric="l2")
+    np.testing.assert_array_equal(found.index, want.index)
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("seed", range(40))
 def test_emulated_mine_under_many_schedules(native, seed):

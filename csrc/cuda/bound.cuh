@@ -86,7 +86,12 @@ __device__ inline QueryBound describe(Metric metric, const PackedRange& range, d
     square = 1;
     reach = product * reach + longest * longest;
     shift = query_norm * query_norm;
-    contract = longest * longest * 0x1p-23 + 0x1p-50 * (shift / unit + reach);
+    // squares' float32, then the contract's own rounding: a dot product of D columns is off by less than (D / 8 + 3)
+    // 2^-53 times the product of its lengths, -((q.q - 2 q.x) + x.x) rounds twice more, and `shift` is q.q by another
+    // order of summation, off by less than (D / 32 + 9) 2^-53 of itself. With |x| <= longest it is all within (D + 32)
+    // 2^-51 (shift + reach). Of that what q.q adds is the same for every key of the view, but not for the other views
+    // that min and max compare with it.
+    contract = longest * longest * 0x1p-23 + (depth + 32) * 0x1p-51 * (shift / unit + reach);
   }
   reach *= 1 + 1e-9;
   const double per_step = reach > 0 ? kHalfSteps / reach : 0;

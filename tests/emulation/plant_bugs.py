@@ -80,6 +80,7 @@ BUGS = (
     Bug("bound: no barrier after the wait", "bound.cuh", "ops::wait_copies<kPipeline - 2>();\n    __syncthreads();", "ops::wait_copies<kPipeline - 2>();"),
     Bug("bound: fetch overwrites a chunk in use", "bound.cuh", "fetch(step + kPipeline - 1);", "fetch(step + kPipeline);"),
     Bug("bound: sums not cleared between tiles", "bound.cuh", "            sums[m][n][half * 2 + i] = 0;\n", ""),
+    Bug("bound: squared lengths taken for exact", "bound.cuh", "(depth + 32) * 0x1p-51 * (shift / unit + reach)", "0x1p-50 * (shift / unit + reach)"),
     Bug("bound: squares of l2 left out", "bound.cuh", "value -= ops::load(packed.squares + key + i) * square[row];", "value -= 0 * square[row];"),
     Bug("bound: swizzle differs between writing and reading", "bound.cuh", "to + swizzled(kBoundKeys, row, d), packed", "to + swizzled(kBoundKeys, row, d ^ 8), packed"),
     Bug("band: half as wide", "cascade_bounded.cuh", "- 2 * shared.slack;\n  const int high", "- shared.slack / 2;\n  const int high"),
