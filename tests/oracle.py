@@ -48,7 +48,8 @@ def weight(scores: list[float]) -> float:
     if not scores or min(scores) == max(scores):
         return 0.0
     mean = math.fsum(scores) / len(scores)
-    return bfloat16(1 / math.sqrt(math.fsum((s - mean) ** 2 for s in scores) / len(scores)))
+    rounded = math.fsum(s - mean for s in scores) / len(scores)
+    return bfloat16(1 / math.sqrt(math.fsum((s - mean) ** 2 for s in scores) / len(scores) - rounded**2))
 
 
 def stage_scores(fusion: str | None, views: tuple[str, ...], keys: list[int], scores: dict[str, list[float]]):

@@ -233,6 +233,82 @@ def test_arrays_come_in_as_they_are():
         np.testing.assert_array_equal(found.index, want[::-1])
 
 
+@pytest.mark.parametrize("plan", ["a:5", "a:50%,a:5", "a:100"])
+@pytest.mark.parametrize("then", [1e37, 1e-42])
+def test_a_queue_takes_keys_of_any_length_once_it_was_searched(plan, then):
+    rng, size = np.random.default_rng(5), 9000
+    plan, queries = ce.CascadePlan.parse(plan), {"a": rng.standard_normal((24, 8)).astype(np.float32)}
+    for name in ISAS:
+        with isa(name):
+            queue = ce.KeyQueue(size, {"a": 8})
+            queue.push({"a": rng.standard_normal((size, 8)).astype(np.float32)}, np.arange(size))
+            for _ in range(3):
+                bank = queue.bank()
+                want = ce.mine(plan, queries, ce.Bank({"a": bank.host_keys("a").copy()}), backend="reference")
+                found = ce.mine(plan, queries, bank, backend="cpu")
+                np.testing.assert_array_equal(found.index, want.index)
+                np.testing.assert_array_equal(found.similarity, want.similarity)
+                queue.push({"a": (then * rng.standard_normal((300, 8))).astype(np.float32)}, np.arange(300))
+
+
+@pytest.mark.parametrize(("keys", "plan"), [(300, "a:5"), (9000, "a:5"), (9000, "a:50%,a:5"), (9000, "rrf(a,b):9")])
+def test_any_byte_but_zero_excludes(keys, plan):
+    rng, plan = np.random.default_rng(4), ce.CascadePlan.parse(plan)
+    bank = ce.Bank({view: rng.standard_normal((keys, 8)).astype(np.float32) for view in plan.views})
+    queries = {view: rng.standard_normal((20, 8)).astype(np.float32) for view in plan.views}
+    mask = rng.random((20, keys)) < 0.5
+    bytes_of = np.where(mask, rng.integers(1, 256, mask.shape), 0).astype(np.uint8).view(bool)
+    for name in ISAS:
+        with isa(name):
+            want = ce.mine(plan, queries, bank, mask, backend="cpu")
+            np.testing.assert_array_equal(ce.mine(plan, queries, bank, bytes_of, backend="cpu").index, want.index)
+    scores = {view: (queries[view] @ bank.host_keys(view).T).astype(np.float32) for view in plan.views}
+    want = ce.select(plan, scores, mask, backend="cpu")
+    np.testing.assert_array_equal(ce.select(plan, scores, bytes_of, backend="cpu").index, want.index)
+
+
+@pytest.mark.parametrize("metric", ["ip", "l2"])
+def test_the_spread_of_close_scores_is_not_lost_in_their_mean(metric):
+    rng, keys, batch = np.random.default_rng(8), 300, 60
+    if metric == "ip":  # scores spread over a few thousand units in their last place
+        features = {v: np.stack([np.ones(keys), rng.standard_normal(keys)], 1).astype(np.float32) for v in "ab"}
+        queries = {v: np.stack([rng.uniform(1, 2, batch), np.full(batch, 1e-15)], 1).astype(np.float32) for v in "ab"}
+    else:
+        features = {v: rng.standard_normal((keys, 3)).astype(np.float32) for v in "ab"}
+        queries = {v: (10.0 ** rng.uniform(9, 15) * rng.standard_normal((batch, 3))).astype(np.float32) for v in "ab"}
+    bank, plan = ce.Bank(features, metric=metric), ce.CascadePlan.parse("zsum(a,b):5")
+    want, *_ = oracle.mine(oracle_stages(plan, keys), queries, features, np.zeros((batch, keys), bool), metric)
+    for backend in ("reference", "cpu"):
+        np.testing.assert_array_equal(ce.mine(plan, queries, bank, backend=backend).index, want)
+
+
+@pytest.mark.parametrize("metric", ["ip", "cosine", "l2"])
+def test_denormals_of_a_bank_and_of_what_is_pushed_count_whatever_the_caller_set(metric):
+    torch = pytest.importorskip("torch")
+    rng, size = np.random.default_rng(3), 9000
+    keys = [(2e-5 * rng.standard_normal((n, 16))).astype(np.float16) for n in (size, 500, 500)]
+    queries = {"a": rng.standard_normal((20, 16)).astype(np.float16)}
+
+    def answers(plan):
+        queue = ce.KeyQueue(size, {"a": 16}, dtype="float16", metric=metric)
+        for part in keys:
+            queue.push({"a": part}, np.arange(len(part)))
+            yield ce.mine(plan, queries, queue.bank(), backend="cpu")
+
+    for plan in map(ce.CascadePlan.parse, ("a:5", "a:50%,a:5")):
+        for name in ISAS:
+            with isa(name):
+                wanted = list(answers(plan))
+                torch.set_flush_denormal(True)
+                try:
+                    found = list(answers(plan))
+                finally:
+                    torch.set_flush_denormal(False)
+                for one, other in zip(found, wanted, strict=True):
+                    np.testing.assert_array_equal(one.index, other.index)
+                    np.testing.assert_array_equal(one.similarity, other.similarity)
+
+
 def test_denormals_count_whatever_the_caller_set():
     torch = pytest.importorskip("torch")
     keys = np.array([[1e-42], [2e-42], [3e-42]], np.float32)

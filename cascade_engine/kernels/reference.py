@@ -152,8 +152,14 @@ def fused(score: Score, scores: dict[str, F64], keys: I64) -> F64:
 
 
 def deviation(value: F64) -> float:
-    """Population standard deviation; exactly 0 where all values are equal, whatever their mean rounds to."""
-    return float(value.std()) if len(value) and value.min() != value.max() else 0.0
+    """Population standard deviation; exactly 0 where all values are equal.
+
+    The mean is rounded, by far more than values that lie close together differ: what that adds is taken back.
+    """
+    if not len(value) or value.min() == value.max():
+        return 0.0
+    off = value - value.mean()
+    return math.sqrt(max(0.0, float(np.square(off).sum() - np.square(off.sum()) / len(off))) / len(off))
 
 
 def zsum_weight(sigma: float) -> float:

@@ -21,7 +21,7 @@ struct Matrix {
 struct Exclusion {
   const int64_t* key_video;    // [K]
   const int64_t* query_video;  // [B]
-  const bool* mask;            // [B, K]
+  const uint8_t* mask;         // [B, K], other than 0: excluded
 };
 
 }  // namespace cascade

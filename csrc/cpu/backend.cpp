@@ -6,6 +6,7 @@
 
 #include "cpu/exact.hpp"
 #include "cpu/fast.hpp"
+#include "cpu/float_mode.hpp"
 #include "cpu/spans.hpp"
 
 namespace cascade::cpu {
@@ -66,6 +67,7 @@ Bank::Bank(std::vector<Matrix> views, const int64_t* key_video, Metric metric, c
   if (shelf_ != nullptr)
     for (const Matrix& view : views_) shelf_->residency().watch(const_cast<void*>(view.data), bytes_of(view));
   if (metric_ == Metric::inner_product) return;
+  const FloatMode mode;
   for (auto& norms : squared_norms_) norms.resize(size());
   update(0, size());
 }
@@ -155,6 +157,7 @@ bool Bank::worth_packing(int64_t batch) {
 }
 
 void Bank::update(int64_t first, int64_t count) {
+  const FloatMode mode;
   const Making making(*this);
   if (metric_ != Metric::inner_product) {
     std::vector<double> key;
@@ -196,6 +199,7 @@ void exact_queries(const MineCall& call, std::span<const int64_t> rows) {
 
 void mine(Bank& bank, std::span<const Stage> stages, std::span<const Matrix> queries, int64_t batch,
           const Exclusion& exclude, const Control& control, const Answer& answer) {
+  const FloatMode mode;
   const bool bounded = bank.size() >= small_bank && answer.kept.empty();
   const auto weights = bounded ? Weights::find(bank, stages, queries, batch, control) : nullptr;
   const MineCall call{&bank, stages, queries, &exclude, &answer, weights.get()};
@@ -237,6 +241,7 @@ void mine(Bank& bank, std::span<const Stage> stages, std::span<const Matrix> que
 
 void select(std::span<const Stage> stages, std::span<const Matrix> similarities, const Exclusion& exclude,
             const Control& control, const Answer& answer) {
+  const FloatMode mode;
   const int64_t batch = similarities.front().rows, keys = similarities.front().columns;
   share_queries(batch, 1, control, [&](int64_t begin, int64_t end) {
     ExactCascade cascade(stages, static_cast<int64_t>(similarities.size()), keys);

@@ -95,7 +95,7 @@ bool is_finite(const Matrix& matrix) {
 
 double zsum_weight(double sigma) {
   constexpr double largest = 0x1.fep127;
-  constexpr double smallest_normal = 0x1p-126;  // below it bfloat16 loses digits; no sigma of finite keys is so large
+  constexpr double smallest_normal = 0x1p-126;  // below it bfloat16 has fixed steps
   if (sigma == 0) return 0;
   const double weight = std::min(1 / sigma, largest);
   return weight < smallest_normal ? std::nearbyint(weight * 0x1p133) * 0x1p-133
@@ -152,9 +152,9 @@ std::span<const int64_t> ExactCascade::eligible() {
   have_eligible_ = true;
   eligible_.resize(keys_);
   int64_t count = 0;
-  const bool* mask = exclude_->mask != nullptr ? exclude_->mask + row_ * keys_ : nullptr;
+  const uint8_t* mask = exclude_->mask != nullptr ? exclude_->mask + row_ * keys_ : nullptr;
   for (int64_t key = 0; key < keys_; ++key) {
-    const bool out = mask != nullptr                    ? mask[key]
+    const bool out = mask != nullptr                    ? mask[key] != 0
                      : exclude_->query_video != nullptr ? exclude_->key_video[key] == exclude_->query_video[row_]
                                                         : false;
     eligible_[count] = key;
@@ -188,7 +188,9 @@ double ExactCascade::deviation(int32_t view) {
   // Several running sums: enough that the last bits of sigma stay far below bfloat16's.
   const double mean = sum_of(keys_, [&](int64_t k) { return value[k]; }) / static_cast<double>(keys_);
   const double squares = sum_of(keys_, [&](int64_t k) { return (value[k] - mean) * (value[k] - mean); });
-  return std::sqrt(squares / static_cast<double>(keys_));
+  const double off = sum_of(keys_, [&](int64_t k) { return value[k] - mean; });  // 0 but for the mean's rounding
+  const auto count = static_cast<double>(keys_);
+  return std::sqrt(std::max(0.0, squares - off * off / count) / count);
 }
 
 double ExactCascade::weight(int32_t view) {

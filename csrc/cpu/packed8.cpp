@@ -13,6 +13,9 @@ constexpr double no_smaller = 1e-30;  // scales relative to the longest key: flo
 // Roundings of the tile's floats, 2^-24 each: those of the integer and its product, at most |p^| |y^| <= 4 |p| |y|, in
 // u and again in l, relative to |p| |y|; and those of beta residual, relative to it.
 constexpr double float_rounding = 4e-6, beta_rounding = 1 + 1e-6;
+// A key that came later and is so much longer than those the unit was learnt from: bounds, up to 1e10 times its
+// residual, would not be floats.
+constexpr float too_far = 1e20f;
 constexpr double double_rounding = 1e-15;  // of |y|: dividing by the unit and measuring what is lost
 
 float up(double value) { return std::nextafter(static_cast<float>(value), std::numeric_limits<float>::infinity()); }
@@ -145,6 +148,7 @@ bool Packed8::update(int64_t first, int64_t count) {
   std::vector<double> y(embedding_.dims());
   for (int64_t row = first; row < first + count; ++row) {
     loudest_ = std::max(loudest_, pack(row, y.data()));
+    if (!(residual_[layout_.position(row)] < too_far)) return false;
     embedding_.raise_longest(row, stored_);
   }
   return true;

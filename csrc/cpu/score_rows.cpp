@@ -213,7 +213,7 @@ void ScoreRows::find_video(int64_t row, std::vector<int64_t>& positions) const {
 // Marks lanes past the last key and keys that a mask excludes; returns how many are left.
 int64_t ScoreRows::mark_others(int64_t row, int16_t* score) const {
   int64_t left = positions();
-  const bool* const mask = call_.exclude->mask == nullptr ? nullptr : call_.exclude->mask + row * layout_.keys;
+  const uint8_t* const mask = call_.exclude->mask == nullptr ? nullptr : call_.exclude->mask + row * layout_.keys;
   for (int64_t lane = 0; lane < layout_.lanes; ++lane) {
     const int64_t first = lane * layout_.blocks, there = std::clamp(layout_.keys - first, begin_, end_);
     const auto drop = [&](int64_t block) {
@@ -221,7 +221,7 @@ int64_t ScoreRows::mark_others(int64_t row, int16_t* score) const {
       --left;
     };
     for (int64_t block = begin_; block < there && mask != nullptr; ++block)
-      if (mask[first + block]) drop(block);
+      if (mask[first + block] != 0) drop(block);
     for (int64_t block = there; block < end_; ++block) drop(block);
   }
   return left;

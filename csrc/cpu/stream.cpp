@@ -213,11 +213,12 @@ class Stream {
 
   bool is_excluded(int64_t i, int64_t slot) const {
     const Exclusion& exclude = *call_.exclude;
-    if (exclude.mask != nullptr) return exclude.mask[rows_[i] * layout_.keys + slot];
+    if (exclude.mask != nullptr) return exclude.mask[rows_[i] * layout_.keys + slot] != 0;
     return exclude.query_video != nullptr && exclude.key_video[slot] == exclude.query_video[rows_[i]];
   }
 
   void collect(int64_t i, int64_t block, uint64_t reached, const float* upper) {
+    if (least_[i] == never) return;  // given up, with no room for more
     Candidates& found = found_[i];
     const float* residual = packed_.residual(block);
     for (; reached != 0; reached &= reached - 1) {

@@ -57,7 +57,7 @@ __device__ inline double unordered(uint64_t key) {
 // Whether the key is no candidate of the query.
 __device__ inline bool excluded(const Exclusion& exclude, int64_t query, int64_t key, int64_t keys) {
   if (exclude.mask != nullptr) {
-    return ops::load(exclude.mask + query * keys + key);
+    return ops::load(exclude.mask + query * keys + key) != 0;
   }
   return exclude.query_video != nullptr && ops::load(exclude.key_video + key) == ops::load(exclude.query_video + query);
 }
@@ -112,11 +112,15 @@ __device__ inline double spread_weight(const ExactQuery& q, int view, CascadeSha
     return 0;
   }
   const double mean = reduce(total, sum, shared) / static_cast<double>(q.keys);
+  double rounded = 0;  // what the mean's rounding adds, far more than scores that lie close together differ
   for (int64_t key = threadIdx.x; key < q.keys; key += kThreads) {
     const double off = q.score(view, key) - mean;
     squares += off * off;
+    rounded += off;
   }
-  const double deviation = ops::root(reduce(squares, sum, shared) / static_cast<double>(q.keys));
+  squares = reduce(squares, sum, shared);
+  rounded = reduce(rounded, sum, shared) / static_cast<double>(q.keys);
+  const double deviation = ops::root(larger(squares / static_cast<double>(q.keys) - rounded * rounded, 0));
   return deviation == 0 ? 0 : round_to_bfloat16(1 / deviation);
 }
 

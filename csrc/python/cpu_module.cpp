@@ -182,7 +182,7 @@ py::tuple mine(HeldBank& held, const Plan& plan, const std::vector<std::pair<py:
       throw py::value_error("expected one video id per query, and per key");
   }
   if (!mask.is_none()) {
-    exclude.mask = arrays.emplace_back(mask).compact<bool>(6, 2);
+    exclude.mask = arrays.emplace_back(mask).compact<uint8_t>(6, 2);
     const int64_t* shape = arrays.back().tensor().shape;
     if (shape[0] != batch || shape[1] != bank.size()) throw py::value_error("expected a (B, K) mask");
   }
@@ -207,7 +207,7 @@ py::tuple select(const Plan& plan, const std::vector<py::object>& similarities, 
       throw py::value_error("expected similarities of one shape, float32 or float64");
   Exclusion exclude{};
   if (!mask.is_none()) {
-    exclude.mask = arrays.emplace_back(mask).compact<bool>(6, 2);
+    exclude.mask = arrays.emplace_back(mask).compact<uint8_t>(6, 2);
     const int64_t* shape = arrays.back().tensor().shape;
     if (shape[0] != matrices[0].rows || shape[1] != matrices[0].columns)
       throw py::value_error("expected a (B, K) mask");

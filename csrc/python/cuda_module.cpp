@@ -145,7 +145,7 @@ cuda::MineProblem mine_problem(const std::vector<StageTuple>& stages, const std:
     }
   }
   problem.metric = static_cast<Metric>(metric);
-  problem.exclude = {pointer<const int64_t>(key_video), pointer<const int64_t>(query_video), pointer<const bool>(mask)};
+  problem.exclude = {pointer<const int64_t>(key_video), pointer<const int64_t>(query_video), pointer<const uint8_t>(mask)};
   problem.queries = std::get<1>(queries[0]);
   problem.keys = std::get<1>(keys[0]);
   problem.answer = answer(index, similarity, kept);
@@ -163,7 +163,7 @@ cuda::SelectProblem select_problem(const std::vector<StageTuple>& stages, const 
   for (size_t v = 0; v < scores.size(); ++v) {
     problem.scores[v] = matrix(scores[v]);
   }
-  problem.exclude = {nullptr, nullptr, pointer<const bool>(mask)};
+  problem.exclude = {nullptr, nullptr, pointer<const uint8_t>(mask)};
   problem.queries = std::get<1>(scores[0]);
   problem.keys = std::get<2>(scores[0]);
   problem.answer = answer(index, similarity, kept);
