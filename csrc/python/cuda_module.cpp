@@ -145,7 +145,8 @@ cuda::MineProblem mine_problem(const std::vector<StageTuple>& stages, const std:
     }
   }
   problem.metric = static_cast<Metric>(metric);
-  problem.exclude = {pointer<const int64_t>(key_video), pointer<const int64_t>(query_video), pointer<const uint8_t>(mask)};
+  problem.exclude = {pointer<const int64_t>(key_video), pointer<const int64_t>(query_video),
+                     pointer<const uint8_t>(mask)};
   problem.queries = std::get<1>(queries[0]);
   problem.keys = std::get<1>(keys[0]);
   problem.answer = answer(index, similarity, kept);
