@@ -16,7 +16,7 @@ from cascade_engine.tensor import (
     device_of,
     dtype_name,
     feature_matrix,
-    id_vector,
+    ids_on,
     is_torch,
     require_finite,
     to_host,
@@ -126,7 +126,8 @@ class Bank:
 
     Args:
         keys: view name to features (K, D_view), float32, float16 or bfloat16, NumPy or torch, on one device.
-        video_id: (K,) integers, the source video of each key; needed to exclude a query's own video.
+        video_id: (K,) integers, the source video of each key; needed to exclude a query's own video. Ids go to the
+            keys' device.
         clip_id: (K,) integers, for the caller's use; defaults to the slot number.
         label: (K,) labels where known; mining never reads them.
         metric: ``"ip"`` inner product, ``"cosine"`` or ``"l2"`` (negative squared distance); larger is more similar.
@@ -172,8 +173,8 @@ class Bank:
                 _require_finite(checked_value, name)
             self.keys[view] = checked_value
         self.size: int = size or 0
-        self.video_id = None if video_id is None else _ids(video_id, "video_id", self.size)
-        self.clip_id = None if clip_id is None else _ids(clip_id, "clip_id", self.size)
+        self.video_id = None if video_id is None else ids_on(self.device, video_id, "video_id", self.size)
+        self.clip_id = None if clip_id is None else ids_on(self.device, clip_id, "clip_id", self.size)
         self.label = label
         self._guard = guard
         self._prepared = Prepared() if prepared is None else prepared
@@ -259,13 +260,3 @@ def _require_finite(value: Any, name: str) -> None:
             )
         return
     require_finite(to_host(value, name), name)
-
-
-def _ids(value: object, name: str, rows: int) -> Any:
-    """Ids as int64 in their own framework and on their own device."""
-    if not is_torch(value):
-        return id_vector(value, name, rows)
-    no_ids = value.dtype.is_floating_point or value.dtype.is_complex or dtype_name(value) == "bool"
-    if value.ndim != 1 or len(value) != rows or no_ids:
-        raise InvalidInput(f"{name}: expected ({rows},) integers, got {tuple(value.shape)} {dtype_name(value)}")
-    return value.long()

@@ -19,10 +19,11 @@ from cascade_engine.tensor import (
     device_of,
     dtype_name,
     feature_matrix,
-    id_vector,
+    ids_on,
     is_torch,
     like,
     require_finite,
+    shared,
     to_host,
 )
 from cascade_engine.tracing import phase
@@ -60,7 +61,8 @@ def mine(
         plan: the stages; its views must be in `queries` and `bank`.
         queries: view to features (B, D_view), of the bank's widths, on its device.
         bank: the keys.
-        exclude: (B,) video ids, whose keys are never candidates; or a (B, K) boolean mask of such keys; or None.
+        exclude: (B,) video ids, whose keys are never candidates; or a (B, K) boolean mask of such keys; or None. What
+            is elsewhere is taken to a GPU's bank, which waits for it.
         trace: also return what each stage kept.
         backend: ``"cuda"``, ``"cpu"`` or ``"reference"``; the best that can run by default.
 
@@ -79,7 +81,7 @@ def mine(
         counts=_counts(plan, bank.size),
         queries=checked,
         bank=bank,
-        exclude=_exclusion(exclude, rows, bank.size, bank),
+        exclude=_exclusion(exclude, rows, bank.size, bank, bank.device),
         trace=trace,
     )
     with phase("mine"):
@@ -123,7 +125,7 @@ def select(
         plan=plan,
         counts=_counts(plan, keys),
         similarities=checked,
-        exclude=_exclusion(exclude, rows, keys, None),
+        exclude=_exclusion(exclude, rows, keys, None, device_of(template)),
         trace=trace,
     )
     with phase("select"):
@@ -256,11 +258,11 @@ def _scores(value: Array, name: str, shape: tuple[int, ...] | None) -> Any:
     return scores
 
 
-def _exclusion(exclude: object, rows: int, keys: int, bank: Bank | None) -> Exclusion:
-    """What `exclude` means: ids (B,) where the bank has video ids, or a boolean mask (B, K)."""
+def _exclusion(exclude: object, rows: int, keys: int, bank: Bank | None, device: str) -> Exclusion:
+    """What `exclude` means, on a device: ids (B,) where the bank has video ids, or a boolean mask (B, K)."""
     if exclude is None:
         return Exclusion()
-    given: Any = exclude if is_torch(exclude) and exclude.device.type != "cpu" else to_host(exclude, "exclude")
+    given: Any = exclude if is_torch(exclude) and device != "cpu" else to_host(exclude, "exclude")
 
     def got() -> str:
         return f"{tuple(given.shape)} {dtype_name(given)}"
@@ -268,11 +270,11 @@ def _exclusion(exclude: object, rows: int, keys: int, bank: Bank | None) -> Excl
     if given.ndim == 2 and dtype_name(given) == "bool":
         if tuple(given.shape) != (rows, keys):
             raise InvalidInput(f"exclude: expected ({rows}, {keys}) bool, got {got()}")
-        return Exclusion(mask=given)
+        return Exclusion(mask=given if device == "cpu" else (given if is_torch(given) else shared(given)).to(device))
     if bank is None:
         raise InvalidInput(f"exclude: expected ({rows}, {keys}) bool, got {got()}")
     if bank.video_id is None:
         raise InvalidInput("exclude: expected a bank with video_id to exclude by video ids, got a bank without")
     if given.ndim != 1 or len(given) != rows:
         raise InvalidInput(f"exclude: expected ({rows},) video ids or a ({rows}, {keys}) bool mask, got {got()}")
-    return Exclusion(video_id=given if is_torch(given) else id_vector(given, "exclude", rows))
+    return Exclusion(video_id=ids_on(device, given, "exclude", rows))

@@ -18,6 +18,7 @@ from cascade_engine.tensor import (
     dtype_name,
     feature_matrix,
     id_vector,
+    ids_on,
     is_torch,
     like,
     require_finite,
@@ -118,16 +119,15 @@ class KeyQueue:
     def _write(
         self, storage: Mapping[str, Any], keys: Mapping[str, Array], columns: Mapping[str, Any], rows: int
     ) -> None:
-        """Convert a batch, then write it, piece by piece."""
+        """Convert a batch, copy what it takes of the queue's own keys, then write it, piece by piece."""
         units = {view: unit_rows(value) if self.normalise else value for view, value in keys.items()}
         given = {name: -1 if value is None else value for name, value in columns.items()}
         targets = {name: _host_of(values) for name, values in storage.items()}
         batch = {name: _assignable(value, targets[name], name) for name, value in (*units.items(), *given.items())}
         pieces = self._pieces(rows)
-        if len(pieces) > 1:  # the first would overwrite what the second takes of the queue's own keys
-            for name, values in batch.items():
-                if not isinstance(values, int) and np.may_share_memory(values, targets[name]):
-                    batch[name] = values.copy()
+        for name, values in batch.items():
+            if not isinstance(values, int) and any(_overlap(values, target) for target in targets.values()):
+                batch[name] = values.clone() if is_torch(values) else values.copy()
         with self._overwriting(rows):
             for slots, taken in pieces:
                 for name, values in batch.items():
@@ -146,8 +146,8 @@ class KeyQueue:
         """Do the same on the GPU, where what is prepared of the ring takes the new keys by the way."""
         if not rows:
             return
-        batches = {view: _here(keys[view], storage[view]) for view in self.dims}
-        given = {name: _here(value, storage[name]) for name, value in columns.items()}
+        batches = {view: _here(keys[view], storage[view], storage) for view in self.dims}
+        given = {name: _here(value, storage[name], storage) for name, value in columns.items()}
         packed = {view: self._prepared.made(cuda.purpose(view)) for view in self.dims}
         with self._overwriting(rows) as served:
             engine.push(
@@ -328,20 +328,25 @@ def _engine(storage: Mapping[str, Any]) -> cuda.Engine | None:
     return cuda.engine() if on_gpu and cuda.unavailable() is None else None
 
 
-def _here(value: Any, target: Any) -> Any:
-    """A batch as a tensor on the ring's device; ids as int64."""
+def _here(value: Any, target: Any, storage: Mapping[str, Any]) -> Any:
+    """A batch as a tensor on the ring's device, with memory of its own; ids as int64."""
     if value is None:
         return None
     tensor = value.detach() if is_torch(value) else like(np.array(to_host(value, "batch")), target)
-    return tensor.to(target.device, tensor.dtype if target.ndim == 2 else target.dtype)
+    there = tensor.to(target.device, tensor.dtype if target.ndim == 2 else target.dtype)
+    return there.clone() if any(_overlap(there, ring) for ring in storage.values()) else there
+
+
+def _overlap(batch: Any, ring: Any) -> bool:
+    """Whether writing to the ring may change the batch; both are tensors or both are arrays."""
+    if is_torch(batch):
+        return bool(batch.untyped_storage().data_ptr() == ring.untyped_storage().data_ptr())
+    return bool(np.may_share_memory(batch, ring))
 
 
 def _column(value: object, name: str, rows: int) -> Any:
-    if is_torch(value) and value.device.type != "cpu":
-        if value.ndim != 1 or len(value) != rows:
-            raise InvalidInput(f"{name}: expected ({rows},) integers, got {tuple(value.shape)} {dtype_name(value)}")
-        return value
-    return id_vector(value, name, rows)
+    device = device_of(value)
+    return id_vector(value, name, rows) if device == "cpu" else ids_on(device, value, name, rows)
 
 
 def _host_of(values: Any) -> Any:

@@ -137,3 +137,18 @@ def id_vector(value: object, name: str, rows: int) -> npt.NDArray[np.int64]:
     if array.ndim != 1 or len(array) != rows or (array.dtype.kind not in "iu" and array.size):
         raise InvalidInput(f"{name}: expected ({rows},) integers, got {tuple(array.shape)} {array.dtype}")
     return array.astype(np.int64, copy=False)
+
+
+def ids_on(device: str, value: object, name: str, rows: int) -> Any:
+    """Ids (rows,) as int64 on a device: on the CPU in their own framework, elsewhere as a tensor.
+
+    Raises:
+        InvalidInput: not integers, or not one for each row.
+    """
+    if not is_torch(value):
+        found = id_vector(value, name, rows)
+        return found if device == "cpu" else shared(found).to(device)
+    no_ids = value.dtype.is_floating_point or value.dtype.is_complex or dtype_name(value) == "bool"
+    if value.ndim != 1 or len(value) != rows or no_ids:
+        raise InvalidInput(f"{name}: expected ({rows},) integers, got {tuple(value.shape)} {dtype_name(value)}")
+    return value.to(device).long()

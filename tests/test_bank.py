@@ -46,6 +46,16 @@ def test_ids_become_int64_in_their_own_framework():
     assert bank.host_video_id().tolist() == list(range(6))
 
 
+def test_ids_go_to_the_keys_device():
+    """torch's device without memory stands for a GPU."""
+    there = torch.ones(6, 4, device="meta")
+    for ids in (range(6), np.arange(6), torch.arange(6), torch.arange(6, device="meta", dtype=torch.int32)):
+        bank = ce.Bank({"rgb": there}, ids, clip_id=ids, checked=True)
+        for found in (bank.video_id, bank.clip_id):
+            assert (found.device.type, found.dtype) == ("meta", torch.int64)
+    assert isinstance(ce.Bank({"rgb": X}, torch.arange(6)).video_id, torch.Tensor)
+
+
 def test_gradients_are_left_outside():
     assert not ce.Bank({"rgb": torch.ones(6, 4, requires_grad=True)}).keys["rgb"].requires_grad
 

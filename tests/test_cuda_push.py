@@ -179,6 +179,22 @@ def test_emulated_push_divides_by_lengths(native):
         assert got[0] == float(np.float32(x / length)) != float(np.float32(x * (1 / length)))
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_emulated_push_takes_the_queues_own_keys_again(native, schedule):
+    emulated.schedule(native, schedule)
+    rng, size = np.random.default_rng(0), 100
+    keys = {view: torch.from_numpy(separated(rng, size, 8)) for view in "ab"}
+    mine, plain = (ce.KeyQueue(size, {"a": 8, "b": 8}, device="cpu") for _ in range(2))
+    for queue, push in ((mine, lambda *batch: emulated.push(native, mine, *batch)), (plain, plain.push)):
+        queue.push(keys, torch.arange(size))
+        for taken in (slice(5, 45), slice(0, 90)):
+            bank = queue.bank()
+            a, b = (bank.keys[view][taken] for view in "ab")
+            push({"a": a, "b": b}, bank.video_id[taken])
+            push({"a": b, "b": a}, bank.video_id[taken])
+    assert_same(mine, plain)
+
+
 class Failing:
     """The native module, whose next call of a given name fails, having done its work or not."""
 

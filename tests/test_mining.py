@@ -267,3 +267,42 @@ def test_backends_by_name_and_by_environment(monkeypatch):
     monkeypatch.setenv("CASCADE_BACKEND", "cuda")
     with pytest.raises(BackendUnavailable, match="'cuda' cannot run"):
         ce.mine(parse("rgb:3"), queries, bank)
+
+
+class Recorder:
+    """A backend that keeps the requests and finds nothing."""
+
+    def __init__(self):
+        self.asked = None
+
+    def mine(self, request):
+        self.asked = request
+        nothing = torch.empty((2, request.counts[-1]), dtype=torch.int64, device="meta")
+        return kernels.Selection(index=nothing, similarity=nothing.float())
+
+    select = mine
+
+
+def test_what_is_excluded_goes_to_the_banks_device(monkeypatch):
+    """torch's device without memory stands for a GPU."""
+    recorder = Recorder()
+    monkeypatch.setattr(kernels, "backend", lambda *_, **__: recorder)
+    there = torch.ones(6, 4, device="meta")
+    bank, mask, x = ce.Bank({"rgb": there}, range(6), checked=True), np.zeros((2, 6), bool), np.ones((6, 4), np.float32)
+
+    def mine(exclude):
+        ce.mine(parse("rgb:3"), {"rgb": there[:2]}, bank, exclude)
+        return recorder.asked.exclude
+
+    for ids in ([0, 1], np.arange(2), torch.arange(2), torch.arange(2, device="meta", dtype=torch.int32)):
+        found = mine(ids).video_id
+        assert (found.device.type, found.dtype) == ("meta", torch.int64)
+    for marked in (mask, torch.from_numpy(mask), torch.from_numpy(mask).to("meta")):
+        assert mine(marked).mask.device.type == "meta"
+        ce.select(parse("rgb:3"), {"rgb": torch.ones(2, 6, device="meta")}, marked)
+        assert recorder.asked.exclude.mask.device.type == "meta"
+    for kind in (torch.float32, torch.bool):
+        with pytest.raises(InvalidInput, match=r"exclude: expected"):
+            mine(torch.ones(2, device="meta", dtype=kind))
+    with pytest.raises(InvalidInput, match="exclude: expected data on the CPU, got a tensor on meta"):
+        ce.mine(parse("rgb:3"), {"rgb": x[:2]}, ce.Bank({"rgb": x}, range(6)), torch.arange(2, device="meta"))

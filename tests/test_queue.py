@@ -248,6 +248,30 @@ def test_a_queue_takes_its_own_keys_again(framework):
     assert again == np.roll(shown, queue.cursor).tolist()
 
 
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_a_queue_takes_one_views_keys_for_the_others(framework):
+    queue = ce.KeyQueue(6, {"rgb": 3, "flow": 3}, device="cpu" if framework == "torch" else None)
+    queue.push({v: rows(range(n, n + 6), 3, "float32", framework) for v, n in (("rgb", 0), ("flow", 50))}, range(6))
+    shown = queue.bank().keys
+    queue.push({"rgb": shown["flow"][2:], "flow": shown["rgb"][2:]}, range(4))
+    assert number_of(queue.bank().keys["rgb"]) == [52, 53, 54, 55, 4, 5]
+    assert number_of(queue.bank().keys["flow"]) == [2, 3, 4, 5, 54, 55]
+
+
+def test_ids_of_another_device_are_refused_and_taken_as_those_of_the_cpu_are():
+    """torch's device without memory stands for a GPU."""
+    keys = {"rgb": torch.ones(4, 3, device="meta")}
+    queue = ce.KeyQueue(6, {"rgb": 3}, device="meta")
+    for ids in (range(4), np.arange(4), torch.arange(4), torch.arange(4, device="meta", dtype=torch.int32)):
+        queue.push(keys, ids)  # around the end, too
+    for kind in (torch.float32, torch.bool, torch.complex64):
+        with pytest.raises(InvalidInput, match=r"video_id: expected \(4,\) integers, got \(4,\)"):
+            queue.push(keys, torch.ones(4, device="meta", dtype=kind))
+    with pytest.raises(InvalidInput, match=r"label: expected \(4,\) integers, got \(3,\)"):
+        queue.push(keys, range(4), label=torch.ones(3, device="meta", dtype=torch.int64))
+    assert queue.pushed == 16
+
+
 def test_a_push_without_video_ids_is_refused():
     with pytest.raises(InvalidInput, match="video_id"):
         ce.KeyQueue(4, DIMS).push(one(), None)
