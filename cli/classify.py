@@ -37,6 +37,7 @@ def command(
     from cascade_engine.deployment.artefact import load
     from cascade_engine.deployment.predict import find_videos, predict
 
+    from .printing import reader_told_by_results
     from .progress import bar
 
     found = find_videos(videos)
@@ -44,7 +45,7 @@ def command(
     if not loaded.signature.labels:
         raise InvalidInput(f"model: {model} gives features alone; fine-tune the run with labels and export it again")
     troubled = 0
-    with bar("videos", len(found)) as advance:
+    with reader_told_by_results(), bar("videos", len(found)) as advance:
         for result in predict(loaded, found, batch=batch, step=step):
             advance()
             if result.problem is not None:

@@ -35,11 +35,13 @@ def command(
     from cascade_engine.deployment.embed import Embedded, embed, open_store
     from cascade_engine.deployment.predict import find_videos
 
+    from .printing import reader_told_by_results
     from .progress import bar
 
     found = find_videos(videos)
     loaded = load(model)
-    with open_store(target, loaded, phase=phase) as store, bar("videos", len(found)) as advance:
+    filling = open_store(target, loaded, phase=phase)
+    with filling as store, reader_told_by_results(), bar("videos", len(found)) as advance:
 
         def tell(each: Embedded) -> None:
             advance()

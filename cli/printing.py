@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -23,6 +26,18 @@ def literal(text: object) -> Text:
     from rich.text import Text
 
     return Text(str(text))
+
+
+@contextmanager
+def reader_told_by_results() -> Iterator[None]:
+    """Keeps the video reader's warnings off the screen: a result has the same words, and they are printed with it."""
+    log = logging.getLogger("cascade_engine.video.reader")
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
 
 
 def sized(count: float) -> str:

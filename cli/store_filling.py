@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,6 +75,7 @@ def import_(
     from cascade_engine.store.tables import read_tables
 
     rename = dict(_pairs(renames, "--map"))
+    _require_there(rename, sources)
     started = time.perf_counter()
     if path.exists():
         opened: AbstractContextManager[FeatureStore] = FeatureStore.open(
@@ -97,24 +97,29 @@ def import_(
     say(about | {"float16_lossless": hint}, as_json, text)
 
 
-@contextmanager
-def _made_for(path: Path, source: Path, rename: dict[str, str], phase: str, durability: Any) -> Iterator[FeatureStore]:
+def _require_there(rename: dict[str, str], sources: tuple[Path, ...]) -> None:
+    """Refuse new names for arrays that no source has, before anything is added."""
+    from cascade_engine.store.tables import read_tables
+
+    there = {name for source in sources if rename for name in next(read_tables(source), ())}
+    for name in rename:
+        if name not in there:
+            raise InvalidInput(f"--map {name}: expected one of the arrays {', '.join(sorted(there)) or '(none)'}")
+
+
+def _made_for(
+    path: Path, source: Path, rename: dict[str, str], phase: str, durability: Any
+) -> AbstractContextManager[FeatureStore]:
     """A new store with the views and columns that a file has; removed where no clip gets in."""
     from cascade_engine.store import FeatureStore, exchanging
+    from cascade_engine.store.cleaning import made_to_fill
     from cascade_engine.store.tables import read_tables
 
     first = next(read_tables(source), None)
     if first is None:
         raise InvalidInput(f"{source}: expected clips to make the store {path} from, found none")
     views, columns = exchanging.schema_of(first, rename)
-    store = FeatureStore.create(path, views, columns=columns, phase=phase, durability=durability)
-    try:
-        with store:
-            yield store
-    except BaseException:
-        if not store.rows:
-            shutil.rmtree(path)
-        raise
+    return made_to_fill(FeatureStore.create(path, views, columns=columns, phase=phase, durability=durability))
 
 
 @click.command("merge")
@@ -168,6 +173,6 @@ def _pairs(texts: tuple[str, ...], option: str) -> Iterator[tuple[str, str]]:
 
 
 def _width(name: str, text: str) -> int:
-    if not text.isdigit():
+    if not (text.isascii() and text.isdigit()):
         raise InvalidInput(f"--view {name}: expected a width, got {text!r}")
     return int(text)

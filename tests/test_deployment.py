@@ -4,13 +4,14 @@ import json
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
 
 import deployed
 import numpy as np
 import pytest
 import torch
 
-from cascade_engine.deployment.artefact import FORMAT, Signature, load, save
+from cascade_engine.deployment.artefact import FORMAT, Model, Signature, load, save
 from cascade_engine.deployment.classifier import Classifier, Stream
 from cascade_engine.errors import CheckpointError, InvalidInput
 from cascade_engine.models.encoder import build_encoder
@@ -64,6 +65,20 @@ def test_any_batch_size_runs_and_changes_nothing(exported):
     for row in range(5):
         alone = model.run({view: each[row : row + 1] for view, each in clips.items()})
         assert np.abs(alone.probabilities - whole.probabilities[row]).max() < 1e-5
+
+
+def test_more_clips_than_a_graph_takes_at_once_are_given_to_it_in_turn(live, monkeypatch):
+    clips = {view: deployed.pixels(view, 5).numpy() for view in live.views}
+    program = deployed.Live(live)
+    model = Model(Path("live.pt2"), deployed.signature(live), program)
+    whole = model.run(clips)
+    monkeypatch.setattr("cascade_engine.deployment.artefact.MAX_BATCH", 2)
+    split = model.run(clips)
+    assert program.batches == [5, 2, 2, 1]
+    assert np.abs(split.probabilities - whole.probabilities).max() < 1e-5
+    assert all(np.abs(split.features[view] - whole.features[view]).max() < 1e-5 for view in live.views)
+    with pytest.raises(InvalidInput, match=r"as many clips in every view, got \[5, 4\]"):
+        model.run({**clips, "residual": clips["residual"][:4]})
 
 
 def test_the_file_says_what_it_takes(live, exported):

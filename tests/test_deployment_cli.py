@@ -56,3 +56,13 @@ def test_bad_files_are_told_the_others_labelled_and_the_exit_code_says_so(export
     assert f"error: {tmp_path / 'broken.mp4'}: not a readable video" in err
     assert f"error: {tmp_path / 'gone.mp4'}: no such file" in err
     assert "2 of 3 videos had problems" in err
+
+
+def test_what_is_wrong_with_a_video_is_told_once(exported, tmp_path, caplog):
+    whole = films.write(tmp_path / "whole.mkv", films.moving(60)).read_bytes()
+    (tmp_path / "cut.mkv").write_bytes(whole[: int(len(whole) * 0.6)])
+    code, out, err = cascade("classify", tmp_path / "cut.mkv", "--model", exported)
+    assert code == 1
+    assert out.startswith(str(tmp_path / "cut.mkv"))
+    assert err.count("cut.mkv: ") == 1
+    assert caplog.messages == []

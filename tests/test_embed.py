@@ -1,6 +1,8 @@
 """Features of videos in a store and the way back: which video comes first for a part of it, re-encoded."""
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import deployed
@@ -113,13 +115,46 @@ def test_features_of_two_models_never_meet(model, filled, folder, tmp_path):
     other_file.write_bytes(b"another")
     other = Model(other_file, model.signature, model._program)
     with pytest.raises(SchemaMismatch, match="holds features of the model"):
-        open_store(filled, other)
+        open_store(filled, other).__enter__()
     with FeatureStore.open(filled) as store, pytest.raises(SchemaMismatch, match="another phase"):
         query(other, store, folder / "0.mp4")
     with open_store(filled, other, phase="second") as store:
         embed(other, [folder / "0.mp4"], store)
         assert store.phases == ("main", "second")
-    open_store(filled, model).close()  # the refused writer left no lock
+    with open_store(filled, model):
+        pass  # the refused writer left no lock
+
+
+def test_a_store_or_phase_into_which_no_clip_got_is_not_kept(model, filled, tmp_path):
+    """It would be bound to the model for nothing."""
+    phases = FeatureStore.open(filled).phases
+    for path, phase in ((tmp_path / "new.zarr", "main"), (filled, "typo")):
+        with open_store(path, model, phase=phase) as store:
+            assert [each.clips for each in embed(model, [tmp_path / "gone.mp4"], store)] == [0]
+    assert list(tmp_path.iterdir()) == []
+    assert FeatureStore.open(filled).phases == phases
+
+
+def test_a_copy_of_a_bad_file_is_as_bad(model, folder, tmp_path):
+    for name in ("1.mp4", "2.mp4"):
+        (tmp_path / name).write_text("nothing")
+    good = shutil.copy(folder / "0.mp4", tmp_path / "3.mp4")
+    with open_store(tmp_path / "s.zarr", model) as store:
+        told = {each.path: each for each in embed(model, [*sorted(tmp_path.glob("*.mp4")), folder / "0.mp4"], store)}
+    assert told[tmp_path / "1.mp4"].problem.startswith(f"{tmp_path / '1.mp4'}: not a readable video")
+    assert told[tmp_path / "2.mp4"].problem.startswith(f"{tmp_path / '2.mp4'}: a copy of {tmp_path / '1.mp4'}: not a")
+    assert told[good].clips > 0
+    assert (told[folder / "0.mp4"].clips, told[folder / "0.mp4"].problem) == (0, None)
+
+
+def test_a_name_that_is_no_unicode_is_embedded_all_the_same(model, folder, tmp_path):
+    odd = tmp_path / os.fsdecode(b"n\xff.mp4")
+    shutil.copy(folder / "0.mp4", odd)
+    with open_store(tmp_path / "s.zarr", model) as store:
+        embed(model, [odd, folder / "1.mp4"], store)
+        assert {Path(each).name for each in store.column("path")} == {"n\ufffd.mp4", "1.mp4"}
+        with pytest.raises(InvalidInput, match="path: expected Unicode texts"):
+            store.append({}, clip_id=[99], video_id=1, start=0.0, end=1.0, path="\udcff")
 
 
 def test_bad_queries_are_refused(model, filled, tmp_path):

@@ -138,16 +138,22 @@ class Model:
             return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
     def run(self, pixels: Mapping[str, Host]) -> Output:
-        """Probabilities and features of a batch of clips.
+        """Probabilities and features of a batch of clips, of any size; the graph meets at most `MAX_BATCH` at once.
 
         Args:
             pixels: for each view (B, frames, size, size, channels), as the view is stored.
 
         Raises:
-            InvalidInput: a view is missing or has another shape or type.
+            InvalidInput: a view is missing, has another shape or type, or other clips than the first.
         """
         inputs = [_checked(pixels, view, self.signature) for view in self.signature.views]
-        outputs = self._program(inputs)
+        count = len(inputs[0])
+        if any(len(each) != count for each in inputs):
+            raise InvalidInput(f"pixels: expected as many clips in every view, got {[len(each) for each in inputs]}")
+        parts = [
+            self._program([each[first : first + MAX_BATCH] for each in inputs]) for first in range(0, count, MAX_BATCH)
+        ]
+        outputs = parts[0] if len(parts) == 1 else [np.concatenate(each) for each in zip(*parts, strict=True)]
         probabilities = outputs.pop(0) if self.signature.labels else None
         names = (view.name for view in self.signature.views)
         return Output(probabilities=probabilities, features=dict(zip(names, outputs, strict=True)))

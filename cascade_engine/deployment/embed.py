@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from cascade_engine.errors import InvalidInput, SchemaMismatch, VideoError
 from cascade_engine.mining import mine
 from cascade_engine.plan import CascadePlan
 from cascade_engine.store import FeatureStore
+from cascade_engine.store.cleaning import made_to_fill
 
 PHASE = "main"
 COLUMNS = {"path": "str"}
@@ -73,8 +76,10 @@ def video_id_of(path: Path) -> int:
     return int.from_bytes(digest, "little") >> 1  # a store's ids are signed
 
 
-def open_store(path: str | Path, model: Model, *, phase: str = PHASE) -> FeatureStore:
-    """The store opened to append a model's features, made where there is none.
+def open_store(path: str | Path, model: Model, *, phase: str = PHASE) -> AbstractContextManager[FeatureStore]:
+    """The store opened to append a model's features; made where there is none, and removed where no clip gets in.
+
+    A phase is bound to the model that it was made for: one left by a typing error would refuse all others.
 
     Raises:
         SchemaMismatch: the phase holds another model's features, or other views.
@@ -82,13 +87,15 @@ def open_store(path: str | Path, model: Model, *, phase: str = PHASE) -> Feature
     """
     views = {stored_view(model, view.name): view.dim for view in model.signature.views}
     if not Path(path).exists():
-        return FeatureStore.create(
-            path, views, columns=COLUMNS, phase=phase, durability="group", model=model.fingerprint
+        return made_to_fill(
+            FeatureStore.create(path, views, columns=COLUMNS, phase=phase, durability="group", model=model.fingerprint)
         )
     with FeatureStore.open(path) as found:
         if phase not in found.phases:
-            return found.new_phase(
-                phase, views, columns=COLUMNS, durability="group", model=model.fingerprint, dtype="float32"
+            return made_to_fill(
+                found.new_phase(
+                    phase, views, columns=COLUMNS, durability="group", model=model.fingerprint, dtype="float32"
+                )
             )
     store = FeatureStore.open(path, mode="a", phase=phase, durability="group")
     try:
@@ -121,7 +128,7 @@ def embed(
 
     Args:
         model: an exported model.
-        videos: files; one that cannot be read is told and the others go on.
+        videos: files; one that cannot be read is told, as are its copies, and the others go on.
         store: from `open_store`.
         step: frames from window to window; half a window by default.
         batch: windows per call of the model.
@@ -139,33 +146,40 @@ def embed(
         if progress is not None:
             progress(told[-1])
 
-    ids: dict[Path, int] = {}
+    copies: dict[int, list[Path]] = {}
     for path in dict.fromkeys(videos):
         try:
-            ids[path] = video_id_of(path)
+            video = video_id_of(path)
         except VideoError as error:
             note(path, 0, str(error))
             continue
-        if ids[path] in known:
+        if video in known:
             note(path, 0, None)
-            del ids[path]
         else:
-            known.add(ids[path])
-    for result in predict(model, ids, step=step, batch=batch):
+            copies.setdefault(video, []).append(path)
+    firsts = [paths[0] for paths in copies.values()]
+    for video, result in zip(copies, predict(model, firsts, step=step, batch=batch), strict=True):
         if not result.failed:
             count = len(result.windows)
             store.append(
                 _features(model, result),
                 clip_id=np.arange(upcoming, upcoming + count),
-                video_id=np.full(count, ids[result.path]),
+                video_id=np.full(count, video),
                 start=np.array([window.start for window in result.windows]),
                 end=np.array([window.end for window in result.windows]),
-                path=str(result.path.absolute()),
+                path=_text(result.path.absolute()),
             )
             upcoming += count
         note(result.path, len(result.windows), result.problem)
+        for copy in copies[video][1:]:
+            note(copy, 0, f"{copy}: a copy of {result.problem}" if result.failed else None)
     store.flush()
     return told
+
+
+def _text(path: Path) -> str:
+    """The path in a store's column, which is Unicode as names of files need not be."""
+    return os.fsencode(path).decode("utf-8", "replace")
 
 
 def _features(model: Model, result: Result) -> dict[str, F32]:

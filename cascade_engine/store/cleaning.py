@@ -1,17 +1,23 @@
-"""`gc`: what crashes leave behind and newer commits supersede, removed."""
+"""What crashes leave behind and newer commits supersede, and what was made for nothing: removed."""
 
 from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cascade_engine.errors import StoreError
 from cascade_engine.store import staging
-from cascade_engine.store.creating import left_aside, phase_names, read_root
+from cascade_engine.store.creating import aside, left_aside, phase_names, read_root
 from cascade_engine.store.locking import take_lock
 from cascade_engine.store.record import Record, read_record
 from cascade_engine.store.shelving import superseded
+
+if TYPE_CHECKING:
+    from cascade_engine.store.feature_store import FeatureStore
 
 _CHUNK = re.compile(r"c\.([0-9]+)(\.[0-9]+)*")
 
@@ -47,6 +53,21 @@ def clean(root: Path, *, dry_run: bool = False) -> list[tuple[Path, int]]:
         for lock in locks:
             lock.release()
     return gone
+
+
+@contextmanager
+def made_to_fill(store: FeatureStore) -> Iterator[FeatureStore]:
+    """A phase just made, closed at the end, and removed where no clip got in; with its only phase the store goes."""
+    try:
+        with store:
+            yield store
+    finally:
+        if not store.rows:
+            alone = phase_names(store.path) == (store.phase,)
+            made = store.path if alone else store.path / "phases" / store.phase
+            gone = aside(store.path)
+            made.rename(gone)  # at once: no reader meets half of it
+            shutil.rmtree(gone)
 
 
 def _past(folder: Path, record: Record) -> list[Path]:

@@ -111,7 +111,7 @@ def typed(value: object, name: str, kind: str, rows: int) -> Any:
 
 def _texts(value: object, name: str, rows: int) -> list[str]:
     if isinstance(value, str):
-        return [value] * rows
+        return _texts([value], name, 1) * rows
     texts = value.tolist() if isinstance(value, np.ndarray) else list(value) if isinstance(value, Sequence) else None
     if isinstance(value, Categorical):
         texts = value[:].tolist()
