@@ -8,10 +8,10 @@ from typing import Any
 
 import click
 from cascade_engine.benchmarks import inputs
-from click.core import ParameterSource
 
 from cascade_engine.errors import CascadeError, InvalidInput
 
+from .heeding import require_heeded
 from .values import NewFile
 
 _CASES = {"names", "groups", "quick"}
@@ -77,7 +77,7 @@ def command(
       cascade bench mining --from mining.json --table --plot mining.png
       cascade bench mining --profile trace.json
     """
-    _require_heeded(ctx)
+    require_heeded(ctx, _INSTEAD)
     cases = inputs.find((*inputs.QUICK, *names) if quick else names, groups)
     if listing:
         for case in cases:
@@ -119,21 +119,6 @@ def command(
     wrong = mining.wrong(results)
     if wrong:
         raise CascadeError(f"wrong answers: {', '.join(wrong)}")
-
-
-def _require_heeded(ctx: click.Context) -> None:
-    """Refuse options that would do nothing with what is done instead of measuring."""
-    given = {each.name: each.opts[0] for each in ctx.command.params if _was_given(ctx, each)}
-    instead = next((name for name in _INSTEAD if name in given), None)
-    if instead is None:
-        return
-    idle = [option for name, option in given.items() if name != instead and name not in _INSTEAD[instead]]
-    if idle:
-        raise InvalidInput(f"{idle[0]}: expected without {given[instead]}, where it does nothing")
-
-
-def _was_given(ctx: click.Context, option: click.Parameter) -> bool:
-    return ctx.get_parameter_source(str(option.name)) is ParameterSource.COMMANDLINE
 
 
 def _read(source: Path) -> dict[str, Any]:

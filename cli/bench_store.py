@@ -11,6 +11,7 @@ from pathlib import Path
 
 import click
 
+from .heeding import require_heeded
 from .values import Finite, NewFile
 
 
@@ -25,10 +26,20 @@ from .values import Finite, NewFile
     type=Finite(0),
     help="Length of each append measurement; 0 leaves them out.",
 )
-@click.option("--large", default=0, type=click.IntRange(0), help="Instead: mine a store of so many clips, in float16.")
+@click.option("--large", type=click.IntRange(2048), help="Instead: mine a store of so many clips, in float16.")
 @click.option("--folder", type=click.Path(exists=True, file_okay=False, path_type=Path), help="Which disk to measure.")
 @click.option("--json", "to", type=NewFile(), help="Write the results here.")
-def command(rows: int, dim: int, rounds: int, seconds: float, large: int, folder: Path | None, to: Path | None) -> None:
+@click.pass_context
+def command(
+    ctx: click.Context,
+    rows: int,
+    dim: int,
+    rounds: int,
+    seconds: float,
+    large: int | None,
+    folder: Path | None,
+    to: Path | None,
+) -> None:
     """Scan, random gather, open and append against np.memmap, zarr, tensorstore, h5py and Lance.
 
     Every reader's values are compared with what was written before it is timed. Formats that are not installed are
@@ -40,13 +51,14 @@ def command(rows: int, dim: int, rounds: int, seconds: float, large: int, folder
       cascade bench store --rows 100000 --rounds 3 --seconds 0.5
       cascade bench store --large 10000000
     """
+    require_heeded(ctx, {"large": {"dim", "folder", "to"}})
     from ..benchmarks import store
 
     def step(what: str) -> None:
         click.echo(f"\r\033[K{what}", nl=False, err=True)
 
     place = Path(tempfile.mkdtemp(dir=folder))
-    if large:
+    if large is not None:
         _large(place, large, dim, step, to)
         return
     try:

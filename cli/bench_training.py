@@ -9,6 +9,9 @@ from typing import Any
 
 import click
 
+from cascade_engine.errors import InvalidInput
+
+from .heeding import require_heeded
 from .values import NewFile
 
 
@@ -41,7 +44,9 @@ from .values import NewFile
     help="Show results measured before; repeatable, for runs with other seeds.",
 )
 @click.option("--plot", type=NewFile(".png", ".svg"), help="Draw the results into this PNG or SVG.")
+@click.pass_context
 def command(
+    ctx: click.Context,
     names: tuple[str, ...],
     seeds: int,
     first_seed: int,
@@ -71,6 +76,7 @@ def command(
       cascade bench training --oracle noise --seeds 3
       cascade bench training --from training.json --plot training.png
     """
+    require_heeded(ctx, {"sources": {"to", "plot"}})
     import torch
     from cascade_engine.benchmarks import digit_nets, moving_digits, training, training_report
 
@@ -79,7 +85,7 @@ def command(
             to.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
     if sources:
-        results = training_report.joined([json.loads(source.read_text(encoding="utf-8")) for source in sources])
+        results = training_report.joined([_read(source) for source in sources])
         keep(results)
     else:
         torch.set_num_threads(threads)
@@ -104,3 +110,17 @@ def command(
     click.echo(training_report.views_table(results))
     if plot is not None:
         training_report.draw(results, plot)
+
+
+def _read(source: Path) -> dict[str, Any]:
+    """Results that were written before."""
+    try:
+        results: dict[str, Any] = json.loads(source.read_text(encoding="utf-8"))
+        complete = {"budget", "data"} <= results.keys() and all(
+            "methods" in row and int(seed) >= 0 for seed, row in results["seeds"].items()
+        )
+    except (ValueError, TypeError, LookupError, AttributeError):
+        complete = False
+    if not complete:
+        raise InvalidInput(f"--from: expected what cascade bench training --json wrote, got {source}")
+    return results

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from cascade_engine.errors import BackendUnavailable
+from cascade_engine.errors import BackendUnavailable, CascadeError
 
 from .values import Finite
 
@@ -43,4 +43,8 @@ def command(model: Path, host: str, port: int, max_megabytes: float, max_seconds
     defaults = ServiceLimits()
     video = Limits(seconds=max_seconds, frame_pixels=defaults.video.frame_pixels, total_pixels=max_pixels)
     limits = ServiceLimits(upload_bytes=int(max_megabytes * 2**20), video=video)
-    uvicorn.run(create_app(load(model), limits), host=host, port=port, log_level="info", server_header=False)
+    app = create_app(load(model), limits)
+    try:
+        uvicorn.run(app, host=host, port=port, log_level="info", server_header=False)
+    except SystemExit:  # with a code of uvicorn's own, which means something else here; its log has told why
+        raise CascadeError(f"serve: cannot listen on {host}:{port}") from None

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from cascade_engine.errors import Corrupt
+from cascade_engine.errors import Corrupt, InvalidInput
 
 from .printing import as_json, say, sized
 from .progress import counter
@@ -65,10 +65,12 @@ def gc(path: Path, dry_run: bool, as_json: bool) -> None:
 @click.argument("target", type=click.Path(path_type=Path))
 @in_phase
 @click.option("--to", "form", required=True, type=click.Choice(["parquet", "zarr"]), help="The format.")
-@click.option("--codec", default="zstd", show_default=True, type=click.Choice(["zstd", "gzip", "blosc", "none"]))
+@click.option("--codec", type=click.Choice(["zstd", "gzip", "blosc", "none"]), help="Of Zarr; zstd by default.")
 @click.option("--where", help="A condition on columns.")
 @as_json
-def export(path: str, target: Path, phase: str | None, form: str, codec: str, where: str | None, as_json: bool) -> None:
+def export(
+    path: str, target: Path, phase: str | None, form: str, codec: str | None, where: str | None, as_json: bool
+) -> None:
     """Write a phase as Parquet or as compressed Zarr.
 
     \b
@@ -77,15 +79,18 @@ def export(path: str, target: Path, phase: str | None, form: str, codec: str, wh
     """
     from cascade_engine.store import FeatureStore, exchanging
 
-    about: dict[str, float]
+    if form == "parquet" and codec is not None:
+        raise InvalidInput("--codec: expected with --to zarr only; Parquet has its own")
+    about: dict[str, float | None]
     with FeatureStore.open(path, phase=phase) as store, counter("clips" if form == "parquet" else "bytes") as step:
         if form == "parquet":
             size = exchanging.to_parquet(store, target, where=where, progress=step)
             about, text = {"bytes": size}, f"{target}: {sized(size)}"
         else:
-            raw, size = exchanging.archive(store, target, codec, where=where, progress=step)
-            text = f"{target}: {sized(size)}, {size / max(raw, 1):.3f} of the {sized(raw)} stored"
-            about = {"bytes": size, "raw_bytes": raw, "ratio": size / max(raw, 1)}
+            raw, size = exchanging.archive(store, target, codec or "zstd", where=where, progress=step)
+            ratio = size / raw if raw else None
+            share = "no clip" if ratio is None else f"{ratio:.3f} of the {sized(raw)} stored"
+            about, text = {"bytes": size, "raw_bytes": raw, "ratio": ratio}, f"{target}: {sized(size)}, {share}"
     say(about, as_json, text)
 
 

@@ -153,6 +153,7 @@ def test_what_a_run_does_not_have_is_refused_by_name(run):
         ({"view": "rgb", "phase": "later"}, "phase: expected one of initial, first"),
         ({"view": "rgb", "test_split": "val"}, "labelled windows in 'val', found none .splits: test, train"),
         ({"view": "rgb", "kind": "head"}, "kind: expected one of"),
+        ({"view": "rgb", "kind": "pixels", "phase": "nosuch"}, "phase: expected none with pixels"),
     ]:
         with pytest.raises(InvalidInput, match=message):
             collect(run, **arguments)

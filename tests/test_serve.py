@@ -14,6 +14,7 @@ from pathlib import Path
 import deployed
 import films
 import pytest
+from cascade_engine.cli.main import main
 
 pytest.importorskip("fastapi")
 pytest.importorskip("python_multipart")
@@ -25,7 +26,7 @@ from cascade_engine.deployment.artefact import Model
 from cascade_engine.deployment.predict import predict
 from cascade_engine.deployment.serve import ServiceLimits, create_app
 from cascade_engine.deployment.windows import Limits
-from cascade_engine.errors import InvalidInput
+from cascade_engine.errors import CascadeError, InvalidInput
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +65,15 @@ def test_a_posted_video_gets_the_labels_of_the_command(client, model, video):
     assert body.json() == expected
     form = client.post("/classify?top=3&timeline=true", files={"video": ("film.mp4", video.read_bytes(), "video/mp4")})
     assert form.json() == expected
+
+
+def test_a_port_that_is_taken_is_an_error_of_the_command(model, monkeypatch):
+    """Not an exit by a code of uvicorn's own, which this command uses for something else."""
+    monkeypatch.setattr("cascade_engine.deployment.artefact.load", lambda path: model)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(CascadeError, match=f"cannot listen on 127.0.0.1:{port}"):
+            main(["serve", "--model", "live.pt2", "--port", str(port)], standalone_mode=False)
 
 
 def test_it_tells_that_it_lives_and_what_it_serves(client):

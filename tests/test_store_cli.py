@@ -163,6 +163,8 @@ def test_a_damaged_file_is_refused_by_name_and_adds_nothing(path, tmp_path, name
 def test_what_makes_no_sense_is_refused(path, tmp_path):
     with pytest.raises(InvalidInput, match="each name once, got 'rgb' again"):
         call("create", tmp_path / "t", "--view", "rgb=4", "--view", "rgb=8")
+    with pytest.raises(InvalidInput, match="--view rgb: expected a width, got '²'"):
+        call("create", tmp_path / "t", "--view", "rgb=²")
     np.savez(tmp_path / "empty.npz", rgb=np.empty((0, 4), np.float32))
     with pytest.raises(InvalidInput, match="found none"):
         call("import", tmp_path / "t", tmp_path / "empty.npz")
@@ -172,6 +174,22 @@ def test_what_makes_no_sense_is_refused(path, tmp_path):
     call("seal", path)
     with pytest.raises(InvalidInput, match="nosuch://there: expected a URL that fsspec knows"):
         call("publish", path, "nosuch://there")
+
+
+def test_options_that_would_do_nothing_are_refused(path, tmp_path):
+    np.savez(tmp_path / "x.npz", rgb=np.zeros((3, 16), np.float32))
+    with pytest.raises(InvalidInput, match="--map nosuch: expected one of the arrays rgb"):
+        call("import", path, tmp_path / "x.npz", "--map", "nosuch=rgb2")
+    with pytest.raises(InvalidInput, match="--codec: expected with --to zarr only"):
+        call("export", path, tmp_path / "x.parquet", "--to", "parquet", "--codec", "gzip")
+    assert ce.FeatureStore.open(path).rows == 60
+    assert not (tmp_path / "x.parquet").exists()
+
+
+def test_an_export_of_no_clip_has_no_ratio(path, tmp_path):
+    arguments = ("export", path, tmp_path / "none.zarr", "--to", "zarr", "--where", "video_id < 0")
+    assert json.loads(call(*arguments, "--json"))["ratio"] is None
+    assert call(*arguments[:2], tmp_path / "more.zarr", *arguments[3:]).endswith(", no clip\n")
 
 
 def test_a_published_store_is_described_asked_and_exported_by_its_url(path, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """The training benchmark: runs that repeat, methods that learn what they can, a table that says what was measured."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -143,6 +144,31 @@ def test_unknown_methods_are_refused():
     assert training.find([]) == training.METHODS
     with pytest.raises(InvalidInput, match="UberNCE"):
         training.find(["nosuch"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["training", "--from", "bad.json"], "--from: expected what cascade bench training --json wrote"),
+        (["training", "--from", "empty.json"], "--from: expected what cascade bench training --json wrote"),
+        (["training", "--from", "good.json", "--epochs", "3"], "--epochs: expected without --from"),
+        (["training", "--from", "good.json", "--no-probe"], "--probe: expected without --from"),
+        (["training", "--from", "good.json", "--plot", "x.xyz"], r"'x\.xyz' does not end in \.png or \.svg"),
+        (["mining", "--quick", "--plot", "x.xyz"], r"'x\.xyz' does not end in \.png or \.svg"),
+        (["mining", "--quick", "--json", "none/x.json"], "there is no folder 'none'"),
+        (["store", "--large", "100"], "100 is not in the range x>=2048"),
+        (["store", "--large", "5000", "--rounds", "2"], "--rounds: expected without --large"),
+        (["store", "--seconds", "nan"], "'nan' is not a finite number"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_before_anything_is_measured(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    Path("bad.json").write_text("set -e")
+    Path("empty.json").write_text("{}")
+    Path("good.json").write_text(json.dumps({"budget": {}, "data": {}, "seeds": {}}))
+    done = CliRunner().invoke(command, arguments)
+    told = str(done.exception) if isinstance(done.exception, InvalidInput) else done.output
+    assert re.search(message, told), (told, done.exception)
 
 
 def test_the_command_trains_writes_and_shows(tmp_path):

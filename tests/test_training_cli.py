@@ -135,8 +135,9 @@ def test_a_store_is_mined_and_trained_from(folder, trained, monkeypatch):
 def test_configs_are_printed_and_read_back(tmp_path):
     printed = cascade("train", "--print-config", "tiny", "-s", "phase.3.top_k=7")
     (tmp_path / "tiny.toml").write_text(printed.output)
-    shown = cascade("train", tmp_path / "tiny.toml", "--dry-run")
+    shown = cascade("train", tmp_path / "tiny.toml", "--dry-run", "-s", "name=a [b] [-b]")
     assert shown.exit_code == 0
+    assert "a [b] [-b]: " in shown.output
     assert "cpr, k = 7" in shown.output
 
 
@@ -146,6 +147,8 @@ def test_configs_are_printed_and_read_back(tmp_path):
         ([], r"expected a CONFIG.toml or --preset"),
         (["c.toml", "--preset", "tiny"], "one of the two"),
         (["--preset", "tiny", "-s", "phase.9.lr=1"], r"phase.9.lr: no row '9'"),
+        (["--preset", "tiny", "--dry-run", "-s", "name="], "name: expected the name of a folder"),
+        (["--preset", "tiny", "--dry-run", "-s", "name=../x"], "name: expected the name of a folder"),
         (["none.toml"], "no such file"),
         (["c.toml", "--print-config", "tiny"], "--print-config: expected with --set only, got c.toml"),
         (["--print-config", "tiny", "--preset", "cpr"], "--print-config: expected with --set only, got --preset"),

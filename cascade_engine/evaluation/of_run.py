@@ -53,7 +53,8 @@ def collect(
     Args:
         run: the run.
         view: one of its views, or several joined by ``+``: two streams, a row for each video (see `side_by_side`).
-        phase: whose features; the last one done by default; ``"initial"``: random weights, as before training.
+        phase: whose features; the last one done by default; ``"initial"``: random weights, as before training. None
+            with pixels.
         kind: the backbone's features, the projection that mining compares, or the pixels themselves, scaled down.
         train_split: the split that is searched and learnt from.
         test_split: the split that is asked; it may be the same one.
@@ -76,6 +77,8 @@ def collect(
         raise InvalidInput(f"view: expected one of {', '.join(run.views)}, got {view!r}")
     if kind not in get_args(Kind):
         raise InvalidInput(f"kind: expected one of {', '.join(get_args(Kind))}, got {kind!r}")
+    if kind == "pixels" and phase is not None:
+        raise InvalidInput(f"phase: expected none with pixels, which no phase changes, got {phase!r}")
     if phase is None:
         if not run.phases:
             raise InvalidInput(f"run: expected a phase that is done, {run.folder} has none")

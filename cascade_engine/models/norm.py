@@ -59,7 +59,7 @@ class GroupedBatchNorm3d(nn.BatchNorm3d):
 
 
 def with_group_norm(module: Module) -> Module:
-    """Put group norm, of `GROUPS` groups, in the place of every 3D batch norm in `module`.
+    """Put group norm, of `GROUPS` groups, in the place of every 3D batch norm that is a part of `module`.
 
     A clip's features then depend on that clip alone: nothing leaks, and training and evaluation compute the same.
 

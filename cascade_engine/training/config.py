@@ -253,8 +253,10 @@ class TrainConfig:
     phase: tuple[PhaseConfig, ...] = option((), "One phase a row, in order.")
 
     def __post_init__(self) -> None:
-        """Refuse seeds, devices, views and phases which do not exist."""
+        """Refuse seeds, names, devices, views and phases which do not exist."""
         require_seed(self.seed)
+        if self.name != Path(self.name).name or self.name in ("", ".."):
+            raise InvalidInput(f"name: expected the name of a folder in output.runs, got {self.name!r}")
         try:
             torch.device("cpu" if self.device == "auto" else self.device)
         except RuntimeError:
