@@ -65,7 +65,14 @@ def _splits(run: Path, view: str | None, phase: str | None, kind: str, train_spl
 
 
 def _show(scores: Scores, of: dict[str, str], as_json: bool, output: Path | None) -> None:
-    found: dict[str, Any] = {"features": of, **scores.to_json()}
+    """Print the scores, then write their page: a disk that refuses does not take the figures along."""
+    if as_json:
+        click.echo(json.dumps({"features": of, **scores.to_json()}, indent=1))
+    else:
+        click.echo("  ".join(f"{name} {value}" for name, value in of.items()))
+        click.echo("  ".join(f"{name} {value:.4f}" for name, value in scores.figures.items()))
+        click.echo("  ".join(f"{name} {value}" for name, value in scores.settings.items()))
+        _table(scores.per_class())
     if output is not None:
         from cascade_engine.evaluation.page import Section, matrix, table, write_report
 
@@ -75,13 +82,6 @@ def _show(scores: Scores, of: dict[str, str], as_json: bool, output: Path | None
             Section(title="Confusion", body=matrix(scores.confusion.tolist(), scores.classes)),
         ]
         write_report(output, f"{scores.protocol}: {of['view']}, {of['phase']}", sections)
-    if as_json:
-        click.echo(json.dumps(found, indent=1))
-        return
-    click.echo("  ".join(f"{name} {value}" for name, value in of.items()))
-    click.echo("  ".join(f"{name} {value:.4f}" for name, value in scores.figures.items()))
-    click.echo("  ".join(f"{name} {value}" for name, value in scores.settings.items()))
-    _table(scores.per_class())
 
 
 def _table(rows: list[dict[str, Any]]) -> None:

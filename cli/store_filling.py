@@ -173,6 +173,6 @@ def _pairs(texts: tuple[str, ...], option: str) -> Iterator[tuple[str, str]]:
 
 
 def _width(name: str, text: str) -> int:
-    if not (text.isascii() and text.isdigit()):
+    if not text.isdecimal():
         raise InvalidInput(f"--view {name}: expected a width, got {text!r}")
     return int(text)

@@ -1,5 +1,6 @@
 """Protocols, mining metrics and the report of a run, and the commands that print them."""
 
+import errno
 import json
 import re
 import shutil
@@ -210,6 +211,16 @@ def test_the_protocols_commands_give_the_same_bits_twice(run, protocol, tmp_path
     assert np.sum(found["confusion"]) == 6
     assert all(0 <= value <= 1 for value in found["figures"].values())
     assert "<svg" in page.read_text()
+
+
+def test_figures_are_printed_though_their_page_cannot_be_written(run, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("cascade_engine.evaluation.page.write_report", full)
+    done = CliRunner().invoke(main, ["eval", "retrieval", str(run.folder), "-o", str(tmp_path / "x.html"), "--json"])
+    assert isinstance(done.exception, OSError)
+    assert json.loads(done.stdout)["protocol"] == "retrieval"
 
 
 def test_people_get_a_table(run):

@@ -149,6 +149,7 @@ def test_configs_are_printed_and_read_back(tmp_path):
         (["--preset", "tiny", "-s", "phase.9.lr=1"], r"phase.9.lr: no row '9'"),
         (["--preset", "tiny", "--dry-run", "-s", "name="], "name: expected the name of a folder"),
         (["--preset", "tiny", "--dry-run", "-s", "name=../x"], "name: expected the name of a folder"),
+        (["--preset", "tiny", "-s", "phase.².lr=1"], "phase.².lr: no row '²'"),
         (["none.toml"], "no such file"),
         (["c.toml", "--print-config", "tiny"], "--print-config: expected with --set only, got c.toml"),
         (["--print-config", "tiny", "--preset", "cpr"], "--print-config: expected with --set only, got --preset"),
@@ -156,6 +157,7 @@ def test_configs_are_printed_and_read_back(tmp_path):
         (["--print-config", "tiny", "--dry-run"], "--print-config: expected with --set only, got --dry-run"),
         (["--preset", "tiny", "-s", "data.source=nowhere"], "nowhere"),
         (["--preset", "tiny", "-s", "data.source=mocap15:x"], "mocap15:N"),
+        (["--preset", "tiny", "-s", "data.source=mocap15:²"], "mocap15:N"),
     ],
 )
 def test_mistakes_are_one_line(tmp_path, monkeypatch, arguments, message):

@@ -115,7 +115,7 @@ class _Queue:
 
 async def _receive(request: Request, path: Path, limits: ServiceLimits) -> None:
     announced = request.headers.get("content-length", "0")
-    if announced.isdigit() and int(announced) > limits.upload_bytes:  # no need to let it come
+    if announced.isdecimal() and int(announced) > limits.upload_bytes:  # no need to let it come
         raise HTTPException(413, f"upload: expected at most {limits.upload_bytes} bytes, got {announced}")
     try:
         with anyio.fail_after(limits.patience) as scope:

@@ -54,7 +54,7 @@ def find_videos(config: TrainConfig, progress: Progress | None = None) -> VideoI
         from cascade_engine.video.mocap15 import render
 
         count = source.partition(":")[2] or "20"
-        if not count.isdigit():
+        if not count.isdecimal():
             raise InvalidInput(f"data.source: expected mocap15:N with a number of videos a class, got {source!r}")
         folder = Path(config.data.cache) / "videos"
         return render(folder, int(count), 0, workers=WORKERS, progress=progress)

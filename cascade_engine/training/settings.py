@@ -122,7 +122,7 @@ def override(values: Mapping[str, Any], assignments: Sequence[str]) -> dict[str,
 
 
 def _row(rows: list[Any], key: str, path: str) -> Any:
-    if key.isdigit() and 1 <= int(key) <= len(rows):
+    if key.isdecimal() and 1 <= int(key) <= len(rows):
         return rows[int(key) - 1]
     for row in rows:
         if isinstance(row, dict) and row.get("name") == key:
