@@ -10,8 +10,9 @@ import os
 import shutil
 import subprocess
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -95,6 +96,17 @@ def _run(command: list[object]) -> None:
 def schedule(native: ModuleType, seed: int, *, perturb: bool = True) -> None:
     """The order of threads from now on: 0 forward, 1 reversed, else random; and whether mma sums are perturbed."""
     ctypes.CDLL(native.__file__).emulation_schedule(ctypes.c_uint64(seed), ctypes.c_bool(perturb))
+
+
+@contextmanager
+def shared_limit(native: ModuleType, bytes_a_block: int) -> Iterator[None]:
+    """A device whose blocks may ask for so much shared memory."""
+    limit = ctypes.CDLL(native.__file__).emulation_shared_limit
+    limit(ctypes.c_uint64(bytes_a_block))
+    try:
+        yield
+    finally:
+        limit(ctypes.c_uint64(99 * 1024))
 
 
 def reset_counters(native: ModuleType) -> None:

@@ -269,6 +269,23 @@ def test_emulated_waves_take_every_query_once(native, bounds, blocks):
     np.testing.assert_array_equal(found.index, want.index)
 
 
+@pytest.mark.parametrize(
+    ("kib", "dim", "bounded"),
+    [(64, 224, True), (64, 225, True), (64, 992, True), (64, 993, False), (99, 2048, True), (99, 2049, False)],
+)
+def test_emulated_views_too_wide_for_a_devices_bounds_are_scored_and_not_packed(native, kib, dim, bounded):
+    emulated.schedule(native, 0)
+    rng, plan = np.random.default_rng(dim), ce.CascadePlan.parse("a:50%,b:3")
+    keys = {"a": FAMILIES["separated"](rng, 40, dim), "b": FAMILIES["separated"](rng, 40, 9)}
+    queries = {view: x[:3] for view, x in keys.items()}
+    emulated.reset_counters(native)
+    with emulated.shared_limit(native, kib * 1024):
+        found = emulated.mine(native, plan, queries, keys)
+    assert emulated.phases(native) == ["pack"] * 4 * bounded + ["score", "select"]
+    want = ce.mine(plan, queries, ce.Bank(keys), backend="reference")
+    np.testing.assert_array_equal(found.index, want.index)
+
+
 @pytest.mark.parametrize(("split_keys", "launches"), [(1 << 15, 2), (50, 3)])
 def test_emulated_mine_takes_few_launches(native, split_keys, launches):
     rng = np.random.default_rng(0)

@@ -110,13 +110,14 @@ class Engine:
         stages = self._stages(request.plan, request.counts)
         out = Answer(queries[0], request.counts, trace=request.trace)
         needs_all_scores = request.trace or any(s.score.fusion in ("zsum", "rrf") for s in request.plan.stages)
-        by_bounds = self.bounds and not needs_all_scores
+        device = queries[0].device
         video = request.exclude.video_id
-        query_video = None if video is None else video.to(queries[0].device).long().contiguous()
+        query_video = None if video is None else video.to(device).long().contiguous()
         key_video = None if query_video is None or bank.video_id is None else bank.video_id.contiguous()
         mask = None if request.exclude.mask is None else request.exclude.mask.contiguous()
         if out.empty:
             return out.selection()
+        by_bounds = self.bounds and not needs_all_scores and self._bounds_fit(keys, device)
         problem = self.native.Mine(
             stages=stages,
             queries=[describe(each) for each in queries],
@@ -131,7 +132,7 @@ class Engine:
             split_keys=self.split_keys,
             blocks=self.blocks,
         )
-        run(problem, queries[0].device)
+        run(problem, device)
         return out.selection()
 
     def select(self, request: SelectRequest) -> Selection:
@@ -259,6 +260,11 @@ class Engine:
             )
             run(problem, query.device)
         return loss, to_query if differentiate else query.new_empty(0), to_own, counted
+
+    def _bounds_fit(self, keys: Sequence[Any], device: Any) -> bool:
+        """Whether the device has room for bounds on views so wide; wider ones need not be packed."""
+        with on_device(device), cuda_errors():
+            return bool(self.native.bounds_fit(max(each.shape[1] for each in keys)))
 
     def _packed(self, bank: Bank, view: str) -> Packed:
         """The view's keys as halves, made at the bank's first search."""

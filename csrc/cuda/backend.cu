@@ -58,11 +58,20 @@ struct StreamLauncher {
   }
 };
 
+size_t shared_limit() {
+  int device = 0, bytes = 0;
+  check(cudaGetDevice(&device), std::source_location::current());
+  check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+        std::source_location::current());
+  return static_cast<size_t>(bytes);
+}
+
 StreamLauncher on(void* stream) { return {static_cast<cudaStream_t>(stream)}; }
 
 }  // namespace
 
 int64_t packed_pitch(int64_t columns) { return ceil_div(columns, kPackedChunk) * kPackedChunk; }
+bool bounds_fit(int64_t columns) { return bounds_fit(packed_pitch(columns), shared_limit()); }
 void pack(const PackProblem& problem, void* stream) {
   auto launcher = on(stream);
   pack_over(launcher, problem);
@@ -73,11 +82,11 @@ void push(const PushProblem& problem, void* stream) {
 }
 size_t mine_workspace(const MineProblem& problem) {
   NoLaunch none;
-  return mine_over(none, problem, nullptr);
+  return mine_over(none, problem, shared_limit(), nullptr);
 }
 void mine(const MineProblem& problem, void* workspace, void* stream) {
   auto launcher = on(stream);
-  mine_over(launcher, problem, workspace);
+  mine_over(launcher, problem, shared_limit(), workspace);
 }
 size_t select_workspace(const SelectProblem& problem) {
   NoLaunch none;

@@ -100,10 +100,13 @@ struct NceProblem {
 
 // Halves per packed row of D columns.
 int64_t packed_pitch(int64_t columns);
+// Whether the current device has the shared memory for bounds on views of so many columns. Wider ones need no packing.
+bool bounds_fit(int64_t columns);
 void pack(const PackProblem& problem, void* stream);
 void push(const PushProblem& problem, void* stream);
 
-// The bytes that a call needs, then the call: kernels queued on `stream`, nothing allocated, nothing waited for.
+// On the current device: the bytes that a call needs, then the call: kernels queued on `stream`, nothing allocated,
+// nothing waited for.
 size_t mine_workspace(const MineProblem& problem);
 void mine(const MineProblem& problem, void* workspace, void* stream);
 size_t select_workspace(const SelectProblem& problem);

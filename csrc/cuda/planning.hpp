@@ -171,8 +171,17 @@ void push_over(Launcher& launcher, const PushProblem& p) {
 
 constexpr int64_t kWidePitch = 512;     // halves: a tile of 64 such queries takes 64 KiB of shared memory
 constexpr int64_t kNarrowPitch = 2048;  // and a tile of 16 of these the same
-static_assert(bound_shared_bytes<WideShape>(kWidePitch) <= 99 * 1024, "fits every GPU from sm_86 on");
+static_assert(bound_shared_bytes<WideShape>(kWidePitch) <= 99 * 1024, "fits every GPU from sm_80 on");
 static_assert(bound_shared_bytes<NarrowShape>(kNarrowPitch) <= 99 * 1024);
+
+// Whether a block that may ask for `limit` bytes has room for tiles of such rows. Of sm_75's 64 KiB there is for rows
+// of up to 224 and 992 halves.
+inline bool wide_fits(int64_t pitch, size_t limit) {
+  return pitch <= kWidePitch && bound_shared_bytes<WideShape>(pitch) <= limit;
+}
+inline bool bounds_fit(int64_t pitch, size_t limit) {
+  return wide_fits(pitch, limit) || (pitch <= kNarrowPitch && bound_shared_bytes<NarrowShape>(pitch) <= limit);
+}
 static_assert(sizeof(CascadeShared) <= 8 * 1024 && sizeof(ExactShared) <= 8 * 1024);
 
 inline int64_t widest(const MineProblem& p) {
@@ -184,7 +193,7 @@ inline int64_t widest(const MineProblem& p) {
 }
 
 // Whether bounds decide this plan: every view prepared and not too wide, no ranks or deviations to know, no trace.
-inline bool boundable(const MineProblem& p) {
+inline bool boundable(const MineProblem& p, size_t limit) {
   for (int v = 0; v < p.plan.view_count; ++v) {
     if (p.packed[v].rows == nullptr) {
       return false;
@@ -196,7 +205,7 @@ inline bool boundable(const MineProblem& p) {
       return false;
     }
   }
-  return widest(p) <= kNarrowPitch;
+  return bounds_fit(widest(p), limit);
 }
 
 // Keys of a split; more than asked for where a grid could not number the splits.
@@ -269,13 +278,14 @@ size_t mine_by_bounds(Launcher& launcher, const MineProblem& p, void* workspace)
   return arena.used();
 }
 
+// `limit`: the shared memory that a block may ask for, in bytes.
 template <class Launcher>
-size_t mine_over(Launcher& launcher, const MineProblem& p, void* workspace) {
-  if (!boundable(p)) {
+size_t mine_over(Launcher& launcher, const MineProblem& p, size_t limit, void* workspace) {
+  if (!boundable(p, limit)) {
     return mine_exactly(launcher, p, workspace);
   }
-  return widest(p) <= kWidePitch ? mine_by_bounds<WideShape>(launcher, p, workspace)
-                                 : mine_by_bounds<NarrowShape>(launcher, p, workspace);
+  return wide_fits(widest(p), limit) ? mine_by_bounds<WideShape>(launcher, p, workspace)
+                                     : mine_by_bounds<NarrowShape>(launcher, p, workspace);
 }
 
 // One launch, after zeros for what its blocks count.

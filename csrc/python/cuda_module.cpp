@@ -214,6 +214,7 @@ PYBIND11_MODULE(CASCADE_CUDA_MODULE, module) {
   module.def("devices", &cuda::devices);
   module.attr("PACKED_RANGE_BYTES") = cuda::kPackedRangeBytes;
   module.def("packed_pitch", &cuda::packed_pitch, py::arg("columns"));
+  module.def("bounds_fit", &cuda::bounds_fit, py::arg("columns"));
   module.def("pack", &python::pack, py::kw_only(), py::arg("keys"), py::arg("packed"), py::arg("metric"),
              py::arg("first"), py::arg("rows"), py::arg("measure"), py::arg("stream"));
   module.def("push", &python::push, py::kw_only(), py::arg("views"), py::arg("columns"), py::arg("metric"),

@@ -19,6 +19,7 @@ struct FiberLauncher {
 }  // namespace
 
 int64_t packed_pitch(int64_t columns) { return ceil_div(columns, kPackedChunk) * kPackedChunk; }
+bool bounds_fit(int64_t columns) { return bounds_fit(packed_pitch(columns), emulation::settings().shared_limit); }
 void pack(const PackProblem& problem, void* /*stream*/) {
   FiberLauncher launcher;
   pack_over(launcher, problem);
@@ -29,12 +30,12 @@ void push(const PushProblem& problem, void* /*stream*/) {
 }
 size_t mine_workspace(const MineProblem& problem) {
   NoLaunch none;
-  return mine_over(none, problem, nullptr);
+  return mine_over(none, problem, emulation::settings().shared_limit, nullptr);
 }
 void mine(const MineProblem& problem, void* workspace, void* /*stream*/) {
   FiberLauncher launcher;
   std::memset(workspace, 0xFF, mine_workspace(problem));
-  mine_over(launcher, problem, workspace);
+  mine_over(launcher, problem, emulation::settings().shared_limit, workspace);
 }
 size_t select_workspace(const SelectProblem& problem) {
   NoLaunch none;

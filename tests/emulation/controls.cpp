@@ -8,6 +8,9 @@ CASCADE_CONTROL void emulation_schedule(uint64_t seed, bool perturb) {
   emulation::settings().perturb = perturb;
 }
 
+// The shared memory that a block may ask for.
+CASCADE_CONTROL void emulation_shared_limit(uint64_t bytes) { emulation::settings().shared_limit = bytes; }
+
 CASCADE_CONTROL void emulation_reset_counters() {
   emulation::counters() = {};
   emulation::phases().clear();

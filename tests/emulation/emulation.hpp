@@ -45,7 +45,7 @@ namespace emulation {
 // How threads are ordered, and what a launch may use.
 struct Settings {
   uint64_t seed = 0;                // 0: forward, 1: reversed, otherwise a random order drawn anew in every round
-  size_t shared_limit = 99 * 1024;  // bytes a block may ask for: the smallest opt-in limit from sm_86 on
+  size_t shared_limit = 99 * 1024;  // bytes a block may ask for: the smallest opt-in limit from sm_80 on
   size_t stack = 64 * 1024;         // bytes per fiber
   bool perturb = true;              // tensor-core sums off by up to the documented bound
 };
