@@ -135,6 +135,20 @@ def test_a_store_or_phase_into_which_no_clip_got_is_not_kept(model, filled, tmp_
     assert FeatureStore.open(filled).phases == phases
 
 
+def test_what_another_writer_put_into_an_empty_store_is_kept(model, folder, tmp_path):
+    path = tmp_path / "s.zarr"
+    with open_store(path, model), open_store(path, model, phase="theirs") as store:
+        embed(model, [folder / "0.mp4"], store)
+    assert FeatureStore.open(path, phase="theirs").rows > 0
+    other = open_store(tmp_path / "t.zarr", model)
+    mine = other.__enter__()
+    mine.close()
+    with open_store(tmp_path / "t.zarr", model) as store:
+        other.__exit__(None, None, None)  # while theirs is locked
+        embed(model, [folder / "0.mp4"], store)
+    assert FeatureStore.open(tmp_path / "t.zarr").rows > 0
+
+
 def test_a_copy_of_a_bad_file_is_as_bad(model, folder, tmp_path):
     for name in ("1.mp4", "2.mp4"):
         (tmp_path / name).write_text("nothing")

@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cascade_engine.errors import StoreError
+from cascade_engine.errors import StoreError, StoreLocked
 from cascade_engine.store import staging
 from cascade_engine.store.creating import aside, left_aside, phase_names, read_root
 from cascade_engine.store.locking import take_lock
@@ -63,11 +63,21 @@ def made_to_fill(store: FeatureStore) -> Iterator[FeatureStore]:
             yield store
     finally:
         if not store.rows:
-            alone = phase_names(store.path) == (store.phase,)
-            made = store.path if alone else store.path / "phases" / store.phase
-            gone = aside(store.path)
-            made.rename(gone)  # at once: no reader meets half of it
-            shutil.rmtree(gone)
+            with suppress(StoreLocked):  # another writer's by now
+                _remove_empty(store.path, store.phase)
+
+
+def _remove_empty(root: Path, phase: str) -> None:
+    folder, gone = root / "phases" / phase, aside(root)
+    lock = take_lock(folder, f"phase {phase!r} of {root}")  # nobody else fills it meanwhile
+    try:
+        alone = phase_names(root) == (phase,)
+        if read_record(folder).rows or (read_root(root) == phase and not alone):
+            return
+        (root if alone else folder).rename(gone)  # at once: no reader meets half of it
+    finally:
+        lock.release()
+    shutil.rmtree(gone)
 
 
 def _past(folder: Path, record: Record) -> list[Path]:
