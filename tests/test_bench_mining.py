@@ -4,9 +4,11 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from cascade_engine.benchmarks import inputs, judging, mining, peers, rendering, timing
 from cascade_engine.cli.bench import command
 from click.testing import CliRunner
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cascade_engine.errors import InvalidInput
 from cascade_engine.plan import CascadePlan
@@ -185,6 +187,28 @@ def test_the_trace_holds_the_engines_phases(tmp_path):
     for name in ("score", "select", "repair"):
         for begin, end in ranges[f"cascade::{name}"]:
             assert any(b - slack <= begin <= end <= e + slack for b, e in ranges["cascade::mine"]), name
+
+
+class Multiplying(TorchDispatchMode):
+    """Counts the multiply-adds of matrix products."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, _types, args=(), kwargs=None):
+        if "mm" in function.__name__:
+            left, right = args[-2:]
+            self.count += left.shape[0] * left.shape[1] * right.shape[1]
+        return function(*args, **(kwargs or {}))
+
+
+def test_the_losss_products_are_scores_and_a_gradient():
+    from cascade_engine.benchmarks import contrast
+
+    query, stored = torch.ones(32, 16), torch.ones(40_000, 16)
+    with Multiplying() as multiplied:
+        found = contrast._products(query, stored)
+    assert multiplied.count == 2 * 32 * 40_000 * 16
+    assert (found == 40_000 * 16).all()
 
 
 def test_the_loss_is_judged_and_timed(tmp_path, monkeypatch):
