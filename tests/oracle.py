@@ -32,10 +32,12 @@ def similarity(q: list[float], x: list[float], metric: str) -> float:
 
 
 def bfloat16(value: float) -> float:
-    """Round to nearest, ties to even, to 8 significant bits; the largest finite value at most."""
+    """Round to nearest, ties to even, to 8 significant bits, or to multiples of 2^-133; the largest finite at most."""
     largest = 2.0**127 * (2 - 2.0**-7)
     if value >= largest:
         return largest
+    if value < 2.0**-126:  # adding so much leaves room for multiples of 2^-133 alone
+        return (value + 2.0**-81) - 2.0**-81
     bits = struct.unpack("<Q", struct.pack("<d", value))[0]
     kept, rest, half = bits >> 45, bits & (1 << 45) - 1, 1 << 44
     if rest > half or (rest == half and kept & 1):

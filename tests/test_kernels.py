@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
+import ml_dtypes
 import numpy as np
 import oracle
 import pytest
@@ -325,19 +326,20 @@ def test_named_backends():
     assert "threads" in kernels.backend("cpu").detail()
 
 
+TEXTS = ("a:5", "a:50%,b:25%,a:5", "sum(a,b):50%,b:3", "zsum(a,b):50%,b:3", "zsum(b,a):5", "rrf(b,a):9")
+QUEUES = [*((640, text) for text in TEXTS), (9000, "a:5"), (9000, "sum(a,b):5")]  # so many keys for so few: in 8 bits
+
+
 @pytest.mark.parametrize("name", ISAS)
-@pytest.mark.parametrize(
-    "text", ["a:5", "a:50%,b:25%,a:5", "sum(a,b):50%,b:3", "zsum(a,b):50%,b:3", "zsum(b,a):5", "rrf(b,a):9"]
-)
+@pytest.mark.parametrize(("size", "text"), QUEUES)
 @pytest.mark.parametrize("metric", ["ip", "l2", "cosine"])
-def test_what_is_prepared_follows_a_queue_in_place(name, text, metric):
+def test_what_is_prepared_follows_a_queue(name, size, text, metric):
     """Pushes of every size, wrap-around included, longer keys than before, a push larger than the queue."""
     rng, plan = np.random.default_rng(13), ce.CascadePlan.parse(text)
-    queue = ce.KeyQueue(size=640, dims={"a": 24, "b": 17}, metric=metric)
+    queue = ce.KeyQueue(size=size, dims={"a": 24, "b": 17}, metric=metric)
     queries = {"a": FAMILIES["separated"](rng, 20, 24), "b": FAMILIES["separated"](rng, 20, 17)}
     with isa(name):
-        held = None
-        for step, rows in enumerate((640, 1, 33, 640, 300, 500, 7, 1000, 64)):
+        for step, rows in enumerate((size, 1, 33, size, 300, 500, 7, size + 360, 64)):
             scale = np.float32(30 if step == 4 else 1)
             keys = {"a": scale * FAMILIES["separated"](rng, rows, 24), "b": FAMILIES["separated"](rng, rows, 17)}
             queue.push(keys, video_id=rng.integers(0, 30, rows))
@@ -346,10 +348,36 @@ def test_what_is_prepared_follows_a_queue_in_place(name, text, metric):
             want = ce.mine(plan, queries, bank, exclude, backend="reference")
             np.testing.assert_array_equal(found.index, want.index)
             np.testing.assert_array_equal(found.similarity, want.similarity)
-            now = bank.prepared(("cpu", name), lambda: None)
-            assert now is not None
-            assert held is None or held is now, "prepared anew instead of in place"
-            held = now
+
+
+@pytest.mark.parametrize("name", ISAS)
+@pytest.mark.parametrize(("size", "text"), QUEUES)
+@pytest.mark.parametrize("metric", ["ip", "l2", "cosine"])
+def test_a_push_prepares_what_it_brought_alone(name, size, text, metric):
+    """A key that is changed behind the queue's back stays what it was, until a push says so: nothing else is packed."""
+    rng, plan = np.random.default_rng(14), ce.CascadePlan.parse(text)
+    queue = ce.KeyQueue(size=size, dims={"a": 24, "b": 17}, metric=metric)
+    drawn = {view: FAMILIES["separated"](rng, size + 20, dim) for view, dim in queue.dims.items()}
+    keys, queries = {v: x[:size] for v, x in drawn.items()}, {v: x[size:] for v, x in drawn.items()}
+
+    def best():
+        return ce.mine(plan, queries, queue.bank(), backend="cpu").index[0].tolist()
+
+    def push(rows):
+        queue.push({view: x[rows] for view, x in keys.items()}, range(size)[rows])
+
+    for view, x in keys.items():
+        x[17] = -queries[view][0]
+    with isa(name):
+        push(slice(None))
+        assert 17 not in best()
+        for view, x in keys.items():
+            x[17] = queries[view][0]
+            queue.bank().keys[view][17] = x[17]
+        push(slice(10))
+        assert 17 not in best(), "prepared anew"
+        push(slice(10, 20))
+        assert best()[0] == 17
 
 
 @pytest.mark.parametrize("text", ["a:9", "a:50%,b:25%,a:5"])
@@ -530,3 +558,10 @@ def test_extreme_widths(name, family, text):
             found = ce.mine(plan, queries, bank, backend="cpu")
         np.testing.assert_array_equal(found.index, want.index)
         np.testing.assert_array_equal(found.similarity, want.similarity)
+
+
+def test_the_oracle_rounds_to_bfloat16_as_arrays_do():
+    bits = np.random.default_rng(0).integers(0, 0x7F7F0000, 4000, dtype=np.uint32)
+    bits[:2000] %= 0x01000000  # subnormal, or nearly so
+    for value in bits.view(np.float32):
+        assert oracle.bfloat16(float(value)) == float(value.astype(ml_dtypes.bfloat16)), value
