@@ -67,7 +67,9 @@ def mine(
         backend: ``"cuda"``, ``"cpu"`` or ``"reference"``; the best that can run by default.
 
     Raises:
-        InvalidInput: an argument is wrong; it is named, with what was expected and what came.
+        InvalidInput: an argument is wrong; it is named, with what was expected and what came. NaN and infinity are
+            wrong, but not looked for in queries on a GPU, which would wait for the device: there they spoil their own
+            row, and a queue's keys of that kind any row, which still hold slots of the bank.
         BackendUnavailable: the named backend cannot run here.
         StaleBank: `bank` is a queue's snapshot that has been overwritten.
 

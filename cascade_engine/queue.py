@@ -96,7 +96,8 @@ class KeyQueue:
 
         Raises:
             InvalidInput: views, shapes or types that do not fit, NaN, infinity, or what the queue's type rounds to
-                infinity. Nothing is changed then.
+                infinity. Nothing is changed then. Values of tensors on a GPU, or for a ring there what its type rounds,
+                are not looked at, which would wait for the device: see `mine` for what they do.
 
         Where anything interrupts the writing itself (KeyboardInterrupt, a failed launch), older snapshots are stale and
         the slots that were to be reused may hold keys or ids of both batches; the next push takes them again.

@@ -230,6 +230,24 @@ def test_emulated_backend_refuses_what_a_launch_cannot_carry(native):
 
 
 @pytest.mark.parametrize("metric", ["ip", "cosine", "l2"])
+@pytest.mark.parametrize("text", ["a:50%,a:5", "min(a,b):20,rrf(a,b):5", "zsum(a,b):5"])
+def test_emulated_queries_that_are_not_finite_spoil_their_own_row_alone(native, text, metric):
+    emulated.schedule(native, 0)
+    rng, plan = np.random.default_rng(0), ce.CascadePlan.parse(text)
+    keys = {view: rng.standard_normal((300, 16)).astype(np.float32) for view in "ab"}
+    queries = {view: rng.standard_normal((4, 16)).astype(np.float32) for view in "ab"}
+    want = ce.mine(plan, queries, ce.Bank(keys, metric=metric), backend="reference")
+    queries["a"][1], queries["a"][2, 3] = np.nan, -np.inf
+    found = emulated.mine(native, plan, queries, keys, metric=metric)
+    np.testing.assert_array_equal(found.index[[0, 3]], want.index[[0, 3]])
+    keys["a"][3:9], keys["a"][9, 2] = np.nan, np.inf
+    bank = ce.Bank({view: emulated.tensor(x) for view, x in keys.items()}, metric=metric, checked=True)
+    for index in (found.index, emulated.mine_bank(native, plan, queries, bank).index):
+        assert ((index >= 0) & (index < 300)).all()
+        assert all(len(set(row)) == 5 for row in index.tolist())
+
+
+@pytest.mark.parametrize("metric", ["ip", "cosine", "l2"])
 def test_emulated_queue_packs_only_what_a_push_brought(native, metric):
     rng = np.random.default_rng(4)
     emulated.schedule(native, 6)
