@@ -5,12 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import films
+import numpy as np
 import pytest
 from real import real_videos
 
+from cascade_engine.demo import course
 from cascade_engine.demo.course import run_demo
 from cascade_engine.demo.measuring import RANDOM, RAW, Row, remarks
-from cascade_engine.demo.videos import DemoOptions, hold_out
+from cascade_engine.demo.videos import DemoOptions, find_videos, hold_out
+from cascade_engine.deployment.artefact import Model, Signature, ViewSignature
 from cascade_engine.errors import InvalidInput
 from cascade_engine.store import FeatureStore
 from cascade_engine.training.presets import preset
@@ -28,7 +32,7 @@ def windows_of_real_videos(folder: Path) -> Path:
     for path in real_videos()[:CLASSES]:
         seconds = probe(path).duration
         assert seconds, path
-        for split, start, end in (("train", 0, 0.35), ("train", 0.35, 0.7), ("test", 0.7, 1)):
+        for split, start, end in (("train", 0, 0.33), ("train", 0.33, 0.66), ("test", 0.66, 1)):
             lines.append(f"{path},{path.stem},{split},{start * seconds:.3f},{end * seconds:.3f}")
     index = folder / "windows.csv"
     index.write_text("\n".join(lines) + "\n")
@@ -82,11 +86,69 @@ def test_too_few_labelled_videos_are_refused(count):
         hold_out(VideoIndex(entries))
 
 
-def test_an_index_without_a_test_split_is_refused(tmp_path):
-    path = real_videos()[0]
-    (tmp_path / "index.csv").write_text(f"path,label,split\n{path},a,train\n")
-    with pytest.raises(InvalidInput, match="test"):
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([("a", "train")], "test"),
+        ([("a", "train"), ("a", "test")], "expected 2 labels or more in 'train'"),
+        ([("a", "train"), ("b", "train"), ("purple", "test")], "got a, b and purple"),
+    ],
+)
+def test_an_index_that_cannot_serve_is_refused_before_anything_is_done(tmp_path, rows, message):
+    lines = [f"{real_videos()[0]},{label},{split}" for label, split in rows]
+    (tmp_path / "index.csv").write_text("\n".join(["path,label,split", *lines]))
+    with pytest.raises(InvalidInput, match=message):
         run_demo(DemoOptions(folder=tmp_path / "demo", videos=tmp_path / "index.csv"), lambda *_: None)
+
+
+class Bright:
+    """A program that takes light clips for the first label and dark ones for the second."""
+
+    def __call__(self, inputs):
+        light = inputs[0].reshape(len(inputs[0]), -1).mean(1) > 127
+        return [np.stack([light, ~light], 1).astype(np.float32), np.ones((len(light), 4), np.float32)]
+
+
+def test_a_held_out_part_is_labelled_by_itself_not_by_its_whole_file(tmp_path, monkeypatch):
+    shades = np.repeat([250, 5], 20)[:, None, None, None]
+    film = films.write(tmp_path / "two.mp4", np.broadcast_to(shades, (40, 48, 64, 3)).astype(np.uint8))
+    view = ViewSignature(name="rgb", channels=3, dtype="uint8", dim=4)
+    signature = Signature(
+        views=(view,),
+        frames=4,
+        stride=1,
+        size=32,
+        flow="dis",
+        labels=("light", "dark"),
+        features="backbone",
+        source={},
+    )
+    monkeypatch.setattr(course, "load", lambda path: Model(path, signature, Bright()))
+    part = VideoEntry(path=film, video_id=0, split="test", label="light", end=0.8)
+    parts = [part, replace(part, label="dark", start=0.8, end=None)]
+    others = [replace(part, label="purple"), replace(part, label=None), replace(part, path=tmp_path / "gone.mp4")]
+    found = course.label_held_out(tmp_path, VideoIndex([*parts, *others]), lambda *_: None)
+    assert found.confusion.tolist() == [[1, 0], [0, 1]]
+    assert found.settings == {"videos": 2, "unreadable": 1, "of_other_labels": 2}
+    with pytest.raises(InvalidInput, match="held-out video of light, dark"):
+        course.label_held_out(tmp_path, VideoIndex(others), lambda *_: None)
+
+
+def test_other_videos_than_the_run_was_begun_with_leave_the_folder_as_it_is(tmp_path):
+    def listed(name: str, *labels: str) -> DemoOptions:
+        lines = [f"{real_videos()[0]},{label},{split}" for label in labels for split in ("train", "test")]
+        (tmp_path / name).write_text("\n".join(["path,label,split", *lines]))
+        return DemoOptions(folder=tmp_path / "demo", videos=tmp_path / name)
+
+    begun = listed("a.csv", "a", "b")
+    index = find_videos(begun, lambda *_: None)
+    index.to_csv(Run.create(tmp_path / "demo" / "run", begun.course()).index_path)
+    before = {path: path.read_bytes() for path in (tmp_path / "demo").rglob("*") if path.is_file()}
+    for other in (listed("b.csv", "a", "c"), listed("c.csv", "a", "b", "c"), replace(begun, videos=None)):
+        with pytest.raises(InvalidInput, match="was begun with"):
+            find_videos(other, lambda *_: None)
+    assert before == {path: path.read_bytes() for path in (tmp_path / "demo").rglob("*") if path.is_file()}
+    assert find_videos(begun, lambda *_: None).difference(index) is None
 
 
 def test_the_remarks_name_what_the_training_does_not_beat():

@@ -16,6 +16,7 @@ from cascade_engine.deployment.assemble import assemble
 from cascade_engine.deployment.finetune import finetune
 from cascade_engine.deployment.finetuned import FinetuneConfig, FineTuned
 from cascade_engine.deployment.predict import predict
+from cascade_engine.errors import InvalidInput
 from cascade_engine.evaluation.features import Scores, accuracy_scores
 from cascade_engine.training.config import TrainConfig
 from cascade_engine.training.desk import Progress as Step
@@ -110,18 +111,29 @@ def _finetuned(run: Run, view: str, epochs: int, progress: Progress) -> Path:
 
 
 def label_held_out(model: Path, index: VideoIndex, progress: Progress) -> Scores:
-    """Label the held-out video files with the exported model, and judge the labels."""
+    """Label the held-out videos, or parts of them, with the exported model, and judge the labels.
+
+    Raises:
+        InvalidInput: no held-out video of a label that was learnt can be read.
+    """
     loaded = load(model)
     names = loaded.signature.labels
-    entries = index.split("test")
+    held_out = index.split("test")
+    entries = [entry for entry in held_out if entry.label in names]
     truth, probabilities = [], []
-    found = predict(loaded, [entry.path for entry in entries])
+    found = predict(loaded, entries)
     for done, (entry, result) in enumerate(zip(entries, found, strict=True), start=1):
         progress("label held-out videos", done, len(entries))
-        if result.probabilities is not None and entry.label in names:
-            truth.append(names.index(entry.label))
+        if result.probabilities is not None:
+            truth.append(names.index(str(entry.label)))
             probabilities.append(result.probabilities)
-    settings = {"videos": len(truth), "unreadable": len(entries) - len(truth)}
+    if not truth:
+        raise InvalidInput(f"videos: expected a held-out video of {', '.join(names)} that can be read, found none")
+    settings = {
+        "videos": len(truth),
+        "unreadable": len(entries) - len(truth),
+        "of_other_labels": len(held_out) - len(entries),
+    }
     return accuracy_scores(
         "classify", np.array(truth, np.int64), np.stack(probabilities).astype(np.float64), names, settings
     )

@@ -12,12 +12,14 @@ from cascade_engine.training.config import TrainConfig
 from cascade_engine.training.parallel import World
 from cascade_engine.training.phases import first_mining
 from cascade_engine.training.presets import preset
+from cascade_engine.training.run import Run
 from cascade_engine.video.cache import ClipCache
 from cascade_engine.video.index import VideoEntry, VideoIndex
 
 Progress = Callable[[str, int, int], None]  # what is being done, how much of it is done, how much there is
 HELD_OUT = 4  # every fourth video of a label is for testing
 LEAST_LABELS = 2
+RUN = "run"  # the name of the demo's run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,18 +47,23 @@ class DemoOptions:
             self.config.data, source=str(self.folder / "videos" / "index.csv"), cache=str(self.folder / "cache")
         )
         output = replace(self.config.output, runs=str(self.folder), tensorboard=False)
-        return replace(self.config, name="run", seed=self.seed, data=data, output=output)
+        return replace(self.config, name=RUN, seed=self.seed, data=data, output=output)
 
 
 def find_videos(options: DemoOptions, progress: Progress) -> VideoIndex:
     """The labelled videos: rendered, of a CSV index as it is, or of a folder with every fourth of a label held out.
 
+    Nothing is written where the folder's run was begun with other videos: it stands on its index and its cache.
+
     Raises:
-        InvalidInput: a folder without enough labelled videos, or an index without the splits ``train`` and ``test``.
+        InvalidInput: a folder without enough labelled videos, an index without the splits ``train`` and ``test`` or
+            whose splits share no label, or a run that was begun with other videos.
     """
     folder = options.folder / "videos"
-    folder.mkdir(parents=True, exist_ok=True)
+    begun = Run.open(options.folder / RUN) if (options.folder / RUN / "index.csv").exists() else None
     if options.videos is None:
+        if begun is not None and not (folder / "mocap15.json").exists():
+            raise InvalidInput(f"videos: {begun.folder} was begun with videos of its own, expected them again")
         from cascade_engine.video.mocap15 import render
 
         count = int(options.config.data.source.partition(":")[2] or 20)
@@ -69,12 +76,24 @@ def find_videos(options: DemoOptions, progress: Progress) -> VideoIndex:
         )
     if options.videos.suffix == ".csv":
         given = VideoIndex.from_csv(options.videos)
-        for split in ("train", "test"):
-            given.split(split)  # refuses an index without it
+        _require_labels(given)
     else:
         given = hold_out(VideoIndex.from_folder(options.videos))
+    if begun is not None:
+        begun.require_videos(given)
+    folder.mkdir(parents=True, exist_ok=True)
     given.to_csv(folder / "index.csv")
     return VideoIndex.from_csv(folder / "index.csv")
+
+
+def _require_labels(index: VideoIndex) -> None:
+    """Refuse splits from which nothing could be learnt, or no label of which could be judged."""
+    learnt, asked = ({each.label for each in index.split(name)} - {None} for name in ("train", "test"))
+    if len(learnt) < LEAST_LABELS or not learnt & asked:
+        raise InvalidInput(
+            f"videos: expected {LEAST_LABELS} labels or more in 'train' and one of them in 'test', got "
+            f"{', '.join(sorted(map(str, learnt))) or 'none'} and {', '.join(sorted(map(str, asked))) or 'none'}"
+        )
 
 
 def mining_in_time(config: TrainConfig, cache: ClipCache) -> TrainConfig:

@@ -14,7 +14,7 @@ import numpy as np
 from cascade_engine.deployment.artefact import F32, Model
 from cascade_engine.deployment.windows import UNLIMITED, Limits, Window, sliding_windows
 from cascade_engine.errors import InvalidInput, VideoError
-from cascade_engine.video.index import EXTENSIONS
+from cascade_engine.video.index import EXTENSIONS, VideoEntry
 
 BATCH = 16
 
@@ -121,7 +121,7 @@ class _Open:
 
 def predict(
     model: Model,
-    videos: Iterable[Path],
+    videos: Iterable[Path | VideoEntry],
     *,
     batch: int = BATCH,
     step: int | None = None,
@@ -131,7 +131,7 @@ def predict(
 
     Args:
         model: an exported model.
-        videos: files.
+        videos: files, or entries of an index: of a part of a file, that part alone is read.
         batch: windows per call, of one or several videos; changes no result beyond float rounding.
         step: frames from window to window; half a window by default.
         limits: larger videos fail.
@@ -143,19 +143,22 @@ def predict(
         raise InvalidInput(f"batch, step: expected at least 1, got {batch}, {step}")
     open_videos: deque[_Open] = deque()
     pending: list[tuple[_Open, Window]] = []
-    for path in videos:
-        video = _Open(path=path)
+    for each in videos:
+        entry = each if isinstance(each, VideoEntry) else VideoEntry(path=each, video_id=0)
+        video = _Open(path=entry.path)
         open_videos.append(video)
         try:
-            for window in sliding_windows(path, model.signature, step=step, limits=limits):
+            for window in sliding_windows(
+                entry.path, model.signature, step=step, start=entry.start, end=entry.end, limits=limits
+            ):
                 video.waiting += 1
-                video.problem = None if window.problem is None else f"{path}: {window.problem}"
+                video.problem = None if window.problem is None else f"{entry.path}: {window.problem}"
                 pending.append((video, window))
                 if len(pending) == batch:
                     _score(model, pending)
         except VideoError as error:
             video.problem = str(error)
-            pending = [each for each in pending if each[0] is not video]
+            pending = [one for one in pending if one[0] is not video]
             video.scores, video.waiting = [], 0
         video.read = True
         yield from _finished(open_videos, model)

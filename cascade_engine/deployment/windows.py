@@ -12,7 +12,7 @@ from cascade_engine.deployment.artefact import Signature
 from cascade_engine.errors import InvalidInput, VideoError
 from cascade_engine.tensor import Host
 from cascade_engine.video.decode import MAX_PIXELS, probe
-from cascade_engine.video.views import stream
+from cascade_engine.video.views import FlowMethod, stream
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,9 +51,15 @@ class Window:
 
 
 def sliding_windows(
-    path: str | Path, signature: Signature, *, step: int | None = None, limits: Limits = UNLIMITED
+    path: str | Path,
+    signature: Signature,
+    *,
+    step: int | None = None,
+    start: float = 0.0,
+    end: float | None = None,
+    limits: Limits = UNLIMITED,
 ) -> Iterator[Window]:
-    """The windows of a video, in order: `step` frames apart, and one that ends with the last frame.
+    """The windows of a video or of a part of it, in order: `step` frames apart, and one that ends with the last frame.
 
     Flow and residual views are computed on the fly; memory does not grow with the video.
 
@@ -61,11 +67,13 @@ def sliding_windows(
         path: the video file.
         signature: of the model that takes the windows.
         step: frames from start to start; half a window by default.
+        start: seconds; windows lie within the frames from here on, and their times stay those of the file.
+        end: seconds, exclusive; the video's end by default.
         limits: larger videos are refused, before decoding by what they announce, and while decoding by what they hold.
 
     Raises:
         VideoError: the file cannot be read, is shorter than one window, or is larger than `limits`; it is named.
-        InvalidInput: a step under 1.
+        InvalidInput: a step under 1, or a part that does not start before its end.
     """
     step = max(1, signature.span // 2) if step is None else step
     if step < 1:
@@ -76,7 +84,8 @@ def sliding_windows(
     times = np.empty(0)
     base = upcoming = total = 0
     fps, problem = 25.0, None
-    for part, frames in stream(path, views, size=signature.size, flow=signature.flow):  # type: ignore[arg-type]
+    flow: FlowMethod = signature.flow  # type: ignore[assignment]
+    for part, frames in stream(path, views, size=signature.size, flow=flow, start=start, end=end):
         held = {view: np.concatenate([held[view], part[view]]) if view in held else part[view] for view in views}
         times = np.concatenate([times, frames.time])
         fps, problem, total = frames.fps, frames.problem, base + len(times)
