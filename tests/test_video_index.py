@@ -1,5 +1,6 @@
 """Indexes: one's own CSV, a folder per label, and the public data sets' layouts, on tiny trees of the same shape."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -255,3 +256,10 @@ def test_kinetics(film, tmp_path):
     (tmp_path / "bad.csv").write_text("id,label\n1,2\n")
     with pytest.raises(InvalidInput, match="expected youtube_id"):
         VideoIndex.from_kinetics(videos, Path(tmp_path / "bad.csv"))
+
+
+def test_a_name_that_is_not_utf8_is_refused_by_name(tmp_path):
+    (tmp_path / os.fsdecode(b"n\xff.mp4")).touch()
+    with pytest.raises(InvalidInput, match=r"expected names in UTF-8, got n\\udcff\.\.\.; rename that file"):
+        VideoIndex.from_folder(tmp_path).to_csv(tmp_path / "index.csv")
+    assert not (tmp_path / "index.csv").exists()

@@ -101,7 +101,11 @@ class VideoIndex:
         return None
 
     def to_csv(self, path: Source) -> None:
-        """Write the index so that :meth:`from_csv` reads it back; paths under the file's folder become relative."""
+        """Write the index so that :meth:`from_csv` reads it back; paths under the file's folder become relative.
+
+        Raises:
+            InvalidInput: the name of a file is not UTF-8, as the table is.
+        """
         path = Path(path)
         text = io.StringIO(newline="")
         writer = csv.writer(text, lineterminator="\n")
@@ -113,7 +117,11 @@ class VideoIndex:
             end = "" if entry.end is None else repr(entry.end)
             start = repr(entry.start) if entry.start else ""
             writer.writerow([str(file), entry.label or "", entry.split or "", start, end, entry.group or ""])
-        path.write_text(text.getvalue(), encoding="utf-8")
+        try:
+            path.write_bytes(text.getvalue().encode())
+        except UnicodeEncodeError as error:
+            row = text.getvalue()[: error.start].rpartition("\n")[2] + repr(error.object[error.start])[1:-1]
+            raise InvalidInput(f"{path}: expected names in UTF-8, got {row}...; rename that file") from None
 
     @classmethod
     def from_csv(cls, path: Source, *, root: Source | None = None, keep_missing: bool = False) -> VideoIndex:
