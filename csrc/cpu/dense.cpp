@@ -29,7 +29,7 @@
 namespace cascade::cpu {
 namespace {
 
-constexpr int64_t some_listed = 8;     // queries that a thread lists at a time where a tile is no larger
+constexpr int64_t some_queries = 8;    // that a thread takes at a time where a tile is no larger
 constexpr int64_t few = 24;            // so few candidates are ranked exactly at once
 constexpr int64_t worth_sharing = 64;  // candidates of a query: their rows are then other queries' too
 
@@ -294,14 +294,29 @@ class Dense {
   Scratch own_scratch_, *scratch_ = nullptr;
 };
 
+// Whether threads do better with queries of their own: where the keys stay in a thread's own cache, sharing them saves
+// nothing, and the threads' meetings take some 15 us. Not of many queries, as signals wait for a thread's share then.
+bool meets_alone(const ScoreRows& rows, int64_t batch, int64_t occupies_all) {
+  constexpr int64_t own_cache = 2 << 20;  // bytes
+  return rows.key_bytes() <= own_cache && batch >= occupies_all && batch <= 4 * occupies_all;
+}
+
 }  // namespace
 
 void dense_queries(const MineCall& call, std::span<const StagePacks> packed, int64_t batch, const Control& control) {
   const int threads = std::max(1, control.threads);
+  const int64_t together = std::max<int64_t>(some_queries, call.bank->kernels().least16);
   ScoreRows rows(call, packed, {.threads = threads});
+  if (meets_alone(rows, batch, threads * together)) {
+    return share_queries(batch, together, control, [&](int64_t begin, int64_t end) {
+      ScoreRows own(call, packed, {});
+      Dense dense(call, own);
+      own.score_all(begin, end, {}, [&](int64_t first, int64_t from, int64_t to) { dense.run(first, from, to); });
+      dense.finish();
+    });
+  }
   if (CandidateLists::are_worth(call, rows.at_once() / threads)) {
     const int64_t piece = call.bank->kernels().piece16;
-    const int64_t together = std::max<int64_t>(some_listed, call.bank->kernels().least16);
     return share_queries(batch, together, control, [&](int64_t begin, int64_t end) {
       ScoreRows pieces(call, packed,
                        {.piece = piece / lanes16,
@@ -311,7 +326,7 @@ void dense_queries(const MineCall& call, std::span<const StagePacks> packed, int
     });
   }
   Workers<Dense> workers([&] { return std::make_unique<Dense>(call, rows); });
-  rows.score_all(batch, control, [&](int64_t first, int64_t begin, int64_t end) {
+  rows.score_all(0, batch, control, [&](int64_t first, int64_t begin, int64_t end) {
     workers.lend([&](Dense& dense) { dense.run(first, begin, end); });
   });
   workers.each(control, [](Dense& dense) { dense.finish(); });

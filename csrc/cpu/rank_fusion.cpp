@@ -194,7 +194,7 @@ void rank_queries(const MineCall& call, std::span<const StagePacks> packed, int6
   const MineCall plain{call.bank, single, call.queries, call.exclude, call.answer, nullptr};
   ScoreRows rows(plain, packed, {.threads = std::max(1, control.threads)});
   Workers<RankFusion> workers([&] { return std::make_unique<RankFusion>(call, rows); });
-  rows.score_all(batch, control, [&](int64_t first, int64_t begin, int64_t end) {
+  rows.score_all(0, batch, control, [&](int64_t first, int64_t begin, int64_t end) {
     workers.lend([&](RankFusion& fusion) { fusion.run(first, begin, end); });
   });
 }

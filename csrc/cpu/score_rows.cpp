@@ -132,6 +132,12 @@ void ScoreRows::tiles(size_t view, int64_t start, int64_t stop) {
   }
 }
 
+int64_t ScoreRows::key_bytes() const {
+  int64_t bytes = 0;
+  for (const Source& view : views_) bytes += layout_.blocks * view.packed->steps() * lanes16 * 4;
+  return bytes;
+}
+
 int64_t ScoreRows::blocks_in_cache(size_t view) const {
   return std::max<int64_t>(1, keys_in_cache / (views_[view].packed->steps() * lanes16 * 4));
 }
@@ -154,12 +160,12 @@ bool ScoreRows::score_piece(int64_t first, int64_t count, int64_t piece) {
   return true;
 }
 
-void ScoreRows::score_all(int64_t batch, const Control& control,
+void ScoreRows::score_all(int64_t begin, int64_t end, const Control& control,
                           const std::function<void(int64_t, int64_t, int64_t)>& use) {
-  for (int64_t first = 0; first < batch; first += at_once_) {
-    const int64_t count = std::min(at_once_, batch - first);
+  for (int64_t first = begin; first < end; first += at_once_) {
+    const int64_t count = std::min(at_once_, end - first);
     score(first, count, control);
-    share_queries(count, used_together, control, [&](int64_t begin, int64_t end) { use(first, begin, end); });
+    share_queries(count, used_together, control, [&](int64_t from, int64_t to) { use(first, from, to); });
   }
 }
 

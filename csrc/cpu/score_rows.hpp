@@ -43,15 +43,16 @@ class ScoreRows {
   int64_t padded() const { return padded_; }    // a row's length with the room that kernels write past the end
   int64_t at_once() const { return at_once_; }  // queries that are scored together, at most
   bool are_kept() const { return are_kept_; }
+  int64_t key_bytes() const;  // of all views' packed keys
   size_t columns() const { return columns_; }
   size_t stages() const { return column_.size(); }
   size_t column(size_t stage) const { return column_[stage]; }
 
-  // Scores all queries with all keys on the threads of the call, as many queries together as there is memory for, and
-  // calls `use(first, begin, end)` for runs of them: the queries first + [begin, end), `first` the first of those
-  // scored together.
-  void score_all(int64_t batch, const Control& control,
-                 const std::function<void(int64_t first, int64_t begin, int64_t end)>& use);
+  // Scores the queries [begin, end) with all keys on the threads of `control`, as many queries together as there is
+  // memory for, and calls `use(first, from, to)` for runs of them: the queries first + [from, to), `first` the first of
+  // those scored together.
+  void score_all(int64_t begin, int64_t end, const Control& control,
+                 const std::function<void(int64_t first, int64_t from, int64_t to)>& use);
   // With a piece's keys, the pieces in turn, on this thread; false where the call is to stop.
   bool score_piece(int64_t first, int64_t count, int64_t piece);
 
