@@ -206,8 +206,7 @@ bool answers_right(const Problem& p, cpu::Bank& bank, const char* isa, int threa
   std::vector<int64_t> index(p.batch * k);
   std::vector<float> score(p.batch * k);
   const cpu::Answer answer{index.data(), score.data(), {}};
-  static_assert(sizeof(bool) == 1);
-  const bool* const mask = p.masked.empty() ? nullptr : reinterpret_cast<const bool*>(p.masked.data());
+  const uint8_t* const mask = p.masked.empty() ? nullptr : p.masked.data();
   const Exclusion exclude{p.key_video.data(), mask == nullptr ? p.query_video.data() : nullptr, mask};
   const auto queries = matrices(p, p.query, p.batch);
   cpu::mine(bank, p.stages, queries, p.batch, exclude, {.threads = threads}, answer);
@@ -372,7 +371,8 @@ int main(int count, char** words) {
         failures += !answers_right(p, in_pieces, isa.name, 3, "few at once");
         failures += !answers_right(few, in_pieces, isa.name, 2, "in pieces");
         few.masked.resize(p.batch * p.keys);
-        for (uint8_t& each : few.masked) each = rng() % (family % 3 == 0 ? 1000 : 2) == 0 ? 0 : 1;
+        for (uint8_t& each : few.masked)
+          each = rng() % (family % 3 == 0 ? 1000 : 2) == 0 ? 0 : static_cast<uint8_t>(1 + rng() % 255);
         failures += !answers_right(few, in_pieces, isa.name, 1, "masked, in pieces");
         if (family == 7) {  // alone, the first stage is the last: what is surely out is dropped, the rest ranked
           Problem one = p;
