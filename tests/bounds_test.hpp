@@ -142,7 +142,8 @@ inline bool tiles16_right(const cpu::Isa& isa, std::mt19937& rng) {
   const int64_t padded = kernels.planes16 ? (dims + 63) / 64 * 64 : dims;
   const auto draw = [&](int64_t rows) {
     std::vector<std::vector<int16_t>> drawn(rows, std::vector<int16_t>(dims));
-    const double most = std::min(32639.0, 46290 / std::sqrt(static_cast<double>(dims)));  // so long at most
+    const double longest = kernels.planes16 ? 46290 * cpu::finer_planes : 46290;
+    const double most = std::min(32639.0, longest / std::sqrt(static_cast<double>(dims)));  // so long at most
     std::uniform_int_distribution<int> value(-static_cast<int>(most), static_cast<int>(most));
     const bool extreme = rng() % 2 == 0;
     for (auto& row : drawn)
@@ -188,7 +189,7 @@ inline bool tiles16_right(const cpu::Isa& isa, std::mt19937& rng) {
     for (int64_t j = 0; j < n; ++j) {
       int64_t sum = 0;
       for (int64_t d = 0; d < dims; ++d) sum += int64_t{q[i][d]} * k[j][d];
-      if (out[i * stride + j] == static_cast<int16_t>(sum >> 16)) continue;
+      if (out[i * stride + j] == static_cast<int16_t>(sum >> (kernels.planes16 ? 18 : 16))) continue;
       std::printf("%s: a 16-bit tile of %ld dims is wrong in query %ld, key %ld\n", isa.name, static_cast<long>(dims),
                   static_cast<long>(i), static_cast<long>(j));
       return false;

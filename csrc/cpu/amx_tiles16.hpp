@@ -14,10 +14,14 @@ struct Sums16 {
   int16_t* out;
   int64_t stride;
 
+  // The quarter of a sum, rounded down as l l' is. It fits 32 bits, so parts that do not are right but for what is lost
+  // beyond.
   static __m512i joined(const int32_t* sums) {
-    const __m512i upper = _mm512_slli_epi32(_mm512_load_si512(sums), 8);
-    const __m512i middle = _mm512_slli_epi32(_mm512_add_epi32(upper, _mm512_load_si512(sums + tile_words)), 8);
-    return _mm512_add_epi32(middle, _mm512_load_si512(sums + 2 * tile_words));
+    static_assert(finer_planes * finer_planes == 4);
+    const __m512i upper = _mm512_slli_epi32(_mm512_load_si512(sums), 14);
+    const __m512i middle = _mm512_slli_epi32(_mm512_load_si512(sums + tile_words), 6);
+    const __m512i lower = _mm512_srai_epi32(_mm512_load_si512(sums + 2 * tile_words), 2);
+    return _mm512_add_epi32(upper, _mm512_add_epi32(middle, lower));
   }
   template <int queries>
   void write() {

@@ -32,6 +32,8 @@ struct Columns {
   int16_t* score[max_rows16];  // each [n]; the first is what the stage ranks by
 };
 
+constexpr int finer_planes = 2;
+
 struct Kernels {
   const char* name;
 
@@ -55,7 +57,9 @@ struct Kernels {
 
   // Scores as the upper halves of 32-bit sums. |query| |key| < 2^31 - 2^16 in 16-bit units, so by Cauchy-Schwarz no
   // partial sum overflows, in whatever order, and no score reaches `no_score`. Where values lie in `planes16`, their
-  // upper and lower bytes lie apart, both signed (packed.hpp has the layouts); else two values are a word.
+  // upper and lower bytes lie apart, both signed (packed.hpp has the layouts), and their sums as well: values may be
+  // `finer_planes` times as large on either side, and a sum is divided by the square of that, rounded down. Else two
+  // values are a word.
   void (*tiles16)(const int32_t* queries,  // [steps, count], or planes
                   int count,               // a multiple of `least16`, at most `queries16`
                   const int32_t* keys,     // [blocks, steps, 32], or planes

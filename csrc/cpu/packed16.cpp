@@ -13,10 +13,12 @@ namespace {
 constexpr double longest16 = 46290;
 constexpr double largest16 = 32639;  // 127 * 256 + 127: both bytes are signed
 constexpr double headroom = 1.02;    // for rows that a queue writes later
+constexpr double widely = 1.25;      // for their largest values where it is these that set the scale
 
-double scale16(double norm, double most, int64_t dims) {
+// Values may be `finer` times as large as sums of 32 bits would admit.
+double scale16(double norm, double most, int64_t dims, double finer) {
   if (!(norm > 0)) return 1;
-  return std::min((longest16 - 0.5 * std::sqrt(static_cast<double>(dims)) - 1) / norm, largest16 / most);
+  return std::min((finer * longest16 - 0.5 * std::sqrt(static_cast<double>(dims)) - 1) / norm, largest16 / most);
 }
 
 // value = 256 * upper + lower, for |value| <= largest16
@@ -37,8 +39,8 @@ Packed16::Packed16(std::span<const Matrix> bank, Metric metric, std::vector<int3
   const int64_t words = layout_.blocks * steps_ * lanes16 + over_read / 4;
   const auto each = [this](const auto& use) { parameters(use); };
   if (shelf != nullptr)
-    file_ = shelf->open(planes_ ? "16bit-planes" : "16bit", embedding_.views(), count_parameters(each), {{words * 4}},
-                        control);
+    file_ = shelf->open(planes_ ? "16bit-finer-planes" : "16bit", embedding_.views(), count_parameters(each),
+                        {{words * 4}}, control);
   if (file_ == nullptr) {
     words_.reserve(words);
   } else {
@@ -52,7 +54,8 @@ Packed16::Packed16(std::span<const Matrix> bank, Metric metric, std::vector<int3
   const Extent extent = measure_rows(embedding_, layout_.keys, control, shelf);
   stored_ = extent.stored;
   longest_ = extent.norm * headroom;
-  scale_ = scale16(longest_, extent.most * headroom, embedding_.dims());
+  scale_ = scale16(longest_, extent.most * headroom, embedding_.dims(), 1);
+  if (planes_) scale_ = std::max(scale_, scale16(longest_, extent.most * widely, embedding_.dims(), finer_planes));
   const auto clear = [&](int64_t begin, int64_t end) {
     std::fill(words_.data() + begin * steps_ * lanes16, words_.data() + end * steps_ * lanes16, 0);
   };
@@ -120,12 +123,13 @@ Packed16::Query Packed16::pack_query(std::span<const Matrix> queries, int64_t ro
   p.assign(dims, 0.0);
   integers.assign(2 * steps_, 0);
   embedding_.query(queries, row, weights, p.data());
-  const double norm = length(p.data(), dims), scale = scale16(norm, largest(p.data(), dims), dims);
+  const double norm = length(p.data(), dims), finer = planes_ ? finer_planes : 1;
+  const double scale = scale16(norm, largest(p.data(), dims), dims, finer);
   const bool fits = std::isfinite(scale) && std::isfinite(1 / scale) && std::isfinite(1 / scale_) && scale_ > 0;
   const double lost = fits ? quantise(p.data(), dims, scale, largest16, integers.data()) : 0;
   place_query(integers.data(), words, place, count);
   const double bound = lost * longest_ + (norm + lost) * residual_ + embedding_.slack(queries, row, weights, stored_);
-  const double unit = scale * scale_ / 65536, error = bound * scale * scale_ / 65536 * round_up;
+  const double unit = scale * scale_ / (65536 * finer * finer), error = bound * unit * round_up;
   return {fits && std::isfinite(error) ? error : std::numeric_limits<double>::infinity(), unit};
 }
 
