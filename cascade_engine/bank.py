@@ -57,7 +57,7 @@ class Prepared:
     def __init__(self, shelf: Shelf | None = None) -> None:
         self.shelf = shelf
         self._made: dict[object, Any] = {}
-        self._behind: dict[object, list[range]] = {}  # slots overwritten since; a range is done with by its identity
+        self._behind: dict[object, list[range]] = {}  # slots overwritten since, in runs that do not touch
         self._overwritings = 0
         self._lock = threading.RLock()
 
@@ -87,6 +87,7 @@ class Prepared:
         while behind := self._behind.get(purpose):
             slots = behind[0]
             made.update(slots.start, len(slots))
+            # by identity: a signal handler may have brought them up to date, or overwritten them again
             self._behind[purpose] = [other for other in self._behind[purpose] if other is not slots]
         return made
 
@@ -97,25 +98,38 @@ class Prepared:
         Purposes that the writing has brought up to date itself, once it has, go into the set.
         """
         runs = [slots for slots in runs if slots]
-        noted = self._note(runs)
+        self._note(runs)
         served: set[object] = set()
         try:
             yield served
         finally:
-            self._note(runs, instead=noted, served=served)
+            self._note(runs, served)
 
-    def _note(self, runs: list[range], instead: Iterable[range] = (), served: Container[object] = ()) -> list[range]:
-        """Let what is made be behind by `runs`, and no longer by the ranges `instead`; returns the ranges noted."""
-        fresh = [slots[:] for slots in runs]
+    def _note(self, runs: list[range], served: Container[object] = ()) -> None:
+        """Let what is made be behind by `runs`, or by `runs` no longer where its purpose has been `served`."""
         with self._lock:
             self._overwritings += 1
             for purpose, made in list(self._made.items()):
-                if hasattr(made, "update"):
-                    left = [old for old in self._behind.get(purpose, ()) if not any(old is done for done in instead)]
-                    self._behind[purpose] = left if purpose in served else left + fresh
-                elif purpose not in served:
-                    del self._made[purpose]
-        return fresh
+                behind = self._behind.get(purpose, [])
+                for slots in runs:
+                    behind = _without(behind, slots) if purpose in served else _with(behind, slots)
+                self._behind[purpose] = behind
+                if not hasattr(made, "update") and purpose not in served:
+                    del self._made[purpose], self._behind[purpose]
+
+
+def _with(runs: list[range], slots: range) -> list[range]:
+    """Runs of slots and some more; what these touch becomes one run, and a new object."""
+    touched = [run for run in runs if run.start <= slots.stop and slots.start <= run.stop]
+    whole = range(min(run.start for run in [slots, *touched]), max(run.stop for run in [slots, *touched]))
+    return [*(run for run in runs if run not in touched), whole]
+
+
+def _without(runs: list[range], slots: range) -> list[range]:
+    """Runs of slots less some."""
+    before = (range(run.start, min(run.stop, slots.start)) for run in runs)
+    after = (range(max(run.start, slots.stop), run.stop) for run in runs)
+    return [part for part in (*before, *after) if part]
 
 
 class Bank:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -126,8 +126,9 @@ class KeyQueue:
         targets = {name: _host_of(values) for name, values in storage.items()}
         batch = {name: _assignable(value, targets[name], name) for name, value in (*units.items(), *given.items())}
         pieces = self._pieces(rows)
+        overlap, rings = _overlapping(targets), tuple(targets.values())
         for name, values in batch.items():
-            if not isinstance(values, int) and any(_overlap(values, target) for target in targets.values()):
+            if not isinstance(values, int) and any(overlap(values, ring) for ring in rings):
                 batch[name] = values.clone() if is_torch(values) else values.copy()
         with self._overwriting(rows):
             for slots, taken in pieces:
@@ -335,14 +336,16 @@ def _here(value: Any, target: Any, storage: Mapping[str, Any]) -> Any:
         return None
     tensor = value.detach() if is_torch(value) else like(np.array(to_host(value, "batch")), target)
     there = tensor.to(target.device, tensor.dtype if target.ndim == 2 else target.dtype)
-    return there.clone() if any(_overlap(there, ring) for ring in storage.values()) else there
+    return there.clone() if any(_share_storage(there, ring) for ring in storage.values()) else there
 
 
-def _overlap(batch: Any, ring: Any) -> bool:
-    """Whether writing to the ring may change the batch; both are tensors or both are arrays."""
-    if is_torch(batch):
-        return bool(batch.untyped_storage().data_ptr() == ring.untyped_storage().data_ptr())
-    return bool(np.may_share_memory(batch, ring))
+def _overlapping(storage: Mapping[str, Any]) -> Callable[[Any, Any], bool]:
+    """What tells whether writing to a ring of this storage may change a batch of its kind."""
+    return _share_storage if is_torch(next(iter(storage.values()))) else np.may_share_memory
+
+
+def _share_storage(batch: Any, ring: Any) -> bool:
+    return bool(batch.untyped_storage().data_ptr() == ring.untyped_storage().data_ptr())
 
 
 def _column(value: object, name: str, rows: int) -> Any:

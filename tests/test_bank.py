@@ -196,6 +196,26 @@ def test_what_is_made_is_behind_however_the_writing_ends():
     assert prepared.made("served").updates == [(1, 1)]
 
 
+def test_what_is_made_is_behind_by_runs_that_do_not_touch():
+    rng, prepared, made, behind = np.random.default_rng(0), Prepared(), Followed(), set()
+    prepared.get("x", lambda: made)
+    for _ in range(300):
+        first, count = rng.integers(30), rng.integers(9)
+        with prepared.overwriting([range(first, first + count)]) as served:
+            if rng.random() < 0.4:
+                served.add("x")
+        slots = set(range(first, first + count))
+        behind = behind - slots if "x" in served else behind | slots
+        if rng.random() < 0.3:
+            made.updates.clear()
+            prepared.made("x")
+            told = sorted(slot for first, count in made.updates for slot in range(first, first + count))
+            assert told == sorted(behind), "each slot once, and no other"
+            starts = {first for first, _ in made.updates}
+            assert not starts & {first + count for first, count in made.updates}
+            behind = set()
+
+
 @pytest.mark.timeout(20)
 def test_signal_handlers_may_search_and_push_while_their_thread_prepares():
     prepared, made = Prepared(), []
