@@ -94,7 +94,7 @@ def search(
         exclude: ``"video"`` clips of the query's video (the default for `clip`), ``"overlap"`` those that overlap it in
             time, ``"self"`` the clip itself, or ``"none"`` (the default for `vectors`). Clips of the same video whose
             times are not known count as overlapping.
-        margin: seconds around the query that count as overlapping too.
+        margin: seconds around the query that count as overlapping too; with ``exclude="overlap"``.
         origin: of `vectors`, where they are to be excluded by video or time.
         approximate: an index of the phase for the first stage, by inner products; see
             `cascade_engine.store.approximate`.
@@ -110,9 +110,15 @@ def search(
     ids = None
     if clip is not None:
         ids = id_vector(np.atleast_1d(to_host(clip, "clip")), "clip", np.size(to_host(clip, "clip")))
+    mode = _mode(exclude, ids)
+    if origin is not None and (clip is not None or mode == "none"):
+        given = "clip, whose place is known" if clip is not None else "nothing to exclude by it"
+        raise InvalidInput(f"origin: expected with vectors and exclude='video' or 'overlap', got it with {given}")
+    if not (margin == 0 or (mode == "overlap" and 0 < margin < np.inf)):
+        raise InvalidInput(f"margin: expected seconds from 0 on, with exclude='overlap', got {margin} with {mode!r}")
+    if ids is not None:
         vectors, origin = _stored(store, chosen, ids, phase)
     assert vectors is not None
-    mode = _mode(exclude, ids)
     bank = store.bank(chosen.views, phase=phase, where=where, at=at, metric=metric)
     queries = _queries(chosen, vectors, bank)
     origin = _origin(origin, mode, len(queries[chosen.views[0]])) if mode in ("video", "overlap") else None

@@ -167,6 +167,22 @@ def test_what_does_not_fit_is_named(held, how, name, tmp_path):
         ce.search(store, "rgb:40,flow:5", **({"vectors": vectors, "approximate": index} | given))
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"clip": 5, "origin": Origin(video_id=np.array([1]))},
+        {"vectors": {"rgb": np.ones((1, 16), np.float32)}, "origin": Origin(video_id=np.array([1]))},
+        {"clip": 5, "margin": 1.0},
+        {"clip": 5, "exclude": "overlap", "margin": -1.0},
+        {"clip": 5, "exclude": "overlap", "margin": np.nan},
+    ],
+)
+def test_what_would_change_nothing_is_refused(held, given):
+    store = ce.FeatureStore.open(held[0])
+    with pytest.raises(InvalidInput, match=r"origin: expected with vectors|margin: expected seconds"):
+        ce.search(store, "rgb:3", **given)
+
+
 def test_an_unknown_exclusion_is_refused_for_stored_clips_too(held):
     path, table = held
     with pytest.raises(InvalidInput, match=f"{UNKNOWN} 'vidoe'"):
