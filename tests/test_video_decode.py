@@ -208,6 +208,8 @@ def test_frames_of_a_reader_that_was_closed_or_read_anew_are_refused(plain):
     for read in (reader.info, lambda: next(reader.frames())):
         with pytest.raises(InvalidInput, match="the reader is closed"):
             read()
+    with VideoReader(plain, size=None) as probing, pytest.raises(InvalidInput, match="this one only probes"):
+        next(probing.frames())
 
 
 def test_a_strip_no_video_has_is_refused(tmp_path):

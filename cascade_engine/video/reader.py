@@ -166,11 +166,13 @@ class VideoReader:
 
         Raises:
             VideoError: not one frame could be decoded, or none lies in the interval.
-            InvalidInput: `start` is negative or not before `end`, or the reader was closed or read anew meanwhile.
+            InvalidInput: `start` is negative or not before `end`, the reader has no size, or it was closed or read anew
+                meanwhile.
         """
         if start < 0 or not math.isfinite(start) or (end is not None and not end > start):
             raise InvalidInput(f"start, end: expected 0 <= start < end in seconds, got {start}, {end}")
-        assert self.size is not None, "a reader opened to probe has no frame size"
+        if self.size is None:
+            raise InvalidInput(f"{self.path}: expected a reader with a size of its frames, this one only probes")
         reading = self._next_reading()
         decoded = taken = 0
         shown = 0.0
