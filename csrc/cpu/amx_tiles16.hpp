@@ -119,15 +119,6 @@ void tiles16(const int32_t* queries, int count, const int32_t* keys, int64_t blo
                        steps / 2, out, stride);
 }
 
-// Asks for the lines [8 number, 8 number + 8) after `bytes`. Tiles take whole lines from afar one by one; asked for
-// while the block before is at work, they are near.
-template <int number>
-inline void fetch(const void* bytes) {
-  const char* const line = static_cast<const char*>(bytes) + 8 * number * row_bytes;
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i) _mm_prefetch(line + i * row_bytes, _MM_HINT_T0);
-}
-
 }  // namespace amx
 }  // namespace
 }  // namespace cascade::cpu

@@ -14,7 +14,6 @@
 // A stage over the bank (`@bank`) is decided before candidates are lost: its threshold and its band are found among all
 // eligible keys, and when its turn comes candidates are held against them.
 #include <algorithm>
-#include <cmath>
 #include <memory>
 #include <optional>
 

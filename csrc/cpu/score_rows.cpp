@@ -56,7 +56,7 @@ ScoreRows::ScoreRows(const MineCall& call, std::span<const StagePacks> packed, c
 }
 
 ScoreRows::~ScoreRows() {
-  if (!are_kept_) memory_ = Memory{};
+  if (!are_kept_ && !groups_.empty()) memory_ = Memory{};
 }
 
 // The number among `views_`, which gets it where it was not there.
@@ -177,7 +177,8 @@ void ScoreRows::score(int64_t first, int64_t count, const Control& control) {
   });
   std::vector<Run> runs;
   for (size_t view = 0; view < views_.size(); ++view) {
-    const int64_t run = std::clamp<int64_t>(layout_.blocks / (runs_each * control.threads), 1, blocks_in_cache(view));
+    const int64_t share = layout_.blocks / (runs_each * std::max(1, control.threads));
+    const int64_t run = std::clamp<int64_t>(share, 1, blocks_in_cache(view));
     for (int64_t start = 0; start < layout_.blocks; start += run)
       runs.push_back({view, start, std::min(layout_.blocks, start + run)});
   }
